@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dspy_bridge.commands.handlers import Commands
+from dspy_bridge.commands.handlers import LIMITED, Commands
 from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.port import stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Iterable
     from types import ModuleType
 
@@ -33,23 +32,18 @@ def build_dispatcher(
     def log() -> ModuleType:
         return set_up_logs(settings.log_level, send_log)
 
-    def prepare_loop(loop: asyncio.AbstractEventLoop) -> None:
-        from dspy_bridge.runtime import inline_executor
-
-        loop.set_default_executor(inline_executor.InlineExecutor(memory_cache_only=settings.disk_cache is None))
-        commands.preload()
-
     commands = Commands(settings, log, lambda: dispatcher.load())
     dispatcher = Dispatcher(
         commands.table(),
         send,
+        limited=LIMITED,
         # A run has a connection to its LM.
         max_in_flight=min(settings.max_in_flight, stdio.raise_open_files()),
         max_queue=settings.max_queue,
         max_frame_bytes=settings.max_frame_bytes,
         log_exception=lambda error: log().exception(error),
         when_room=when_room,
-        prepare_loop=prepare_loop,
+        on_start=commands.preload,
         log_warning=lambda text: log().logger.warning(text),
     )
     return dispatcher

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dspy_bridge.commands import batch
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -19,10 +21,8 @@ async def run(
     A result that failed has the score 0. Without inputs the mean is None. Raises `ToolFailed` as soon as the metric
     fails, `LMFailed` or `LMNotConfigured` if an LM refuses the key, as it would for all.
     """
-    # They import what no ping waits for.
+    # It imports what no ping waits for.
     from statistics import fmean
-
-    from dspy_bridge.commands import batch
 
     metric, examples = await program.metric(args["metric"], args["inputs"], args.get("expected"))
 

@@ -6,10 +6,9 @@ import os
 import time
 
 from dspy_bridge import __version__
-from dspy_bridge.commands import arguments, evaluation, optimization
+from dspy_bridge.commands import arguments, optimization
 from dspy_bridge.commands.program_loader import ProgramLoader
-from dspy_bridge.commands.program_registry import Entry, Registry, working
-from dspy_bridge.dispatch.call import Call, Command
+from dspy_bridge.commands.program_registry import Entry, Registry
 from dspy_bridge.errors import InvalidArgs, LoadFailed, ProgramNotFound, SetupFailed, refuse_unknown
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.wire import messages
@@ -19,9 +18,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from typing import Any
 
+    from dspy_bridge.dispatch.call import Call
+    from dspy_bridge.dispatch.dispatcher import Handler
     from dspy_bridge.optimizing.arguments import Optimize
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
+
+
+# Those that wait for a slot.
+LIMITED = frozenset(["execute_program"])
 
 
 class Commands:
@@ -38,16 +43,10 @@ class Commands:
         self._optimizations = optimization.Optimizations(settings.max_optimizes, self._loader)
         self._versions: dict[str, str] | None = None
 
-    def table(self) -> dict[str, Command]:
+    def table(self) -> dict[str, Handler]:
         """The commands by name."""
-        return {
-            "ping": Command(self.ping),
-            "create_program": Command(self.create_program),
-            "execute_program": Command(self.execute_program, limited=True),
-            "list_programs": Command(self.list_programs),
-            "get_stats": Command(self.get_stats),
-            "cleanup": Command(self.cleanup),
-        }
+        names = ("ping", "create_program", "execute_program", "list_programs", "get_stats", "cleanup")
+        return {name: getattr(self, name) for name in names}
 
     def preload(self) -> None:
         """Begin DSPy's import. On the event loop's thread."""
@@ -145,7 +144,8 @@ class Commands:
         async def one(item: Any, stream: bool = False) -> dict[str, Any]:
             if not isinstance(item, dict):
                 raise InvalidArgs("inputs: expected an object of the signature's input fields")
-            _count(entry)
+            entry.execution_count += 1
+            entry.last_executed = time.time()
             try:
                 return await program.call(item, stream=stream, **options)
             finally:
@@ -154,7 +154,8 @@ class Commands:
         if isinstance(inputs, dict):
             return await one(inputs, call.request.stream)
 
-        from dspy_bridge.commands import batch
+        # They import asyncio, for which no ping waits.
+        from dspy_bridge.commands import batch, evaluation
 
         if args.get("metric") is not None:
             return await evaluation.run(args, program, one, call)
@@ -183,14 +184,14 @@ class Commands:
             listed["details"].append({**entry.details(), "state": state})
         return listed
 
-    async def _working(self, entry: Entry, call: Call) -> tuple[Entry, Program]:
+    async def _working(self, entry: Entry | None, call: Call) -> tuple[Entry, Program]:
         """The loaded program of an entry, or of the one before it if the entry's creation fails.
 
         Sets the call's meter, if it asks for one: meters need DSPy, which is imported by now.
         """
         import asyncio
 
-        while True:
+        while entry is not None:
             try:
                 program = await self._loader.load(entry)
                 if call.request.meta:
@@ -207,15 +208,8 @@ class Commands:
             except BaseException:  # user code may raise anything
                 # The reply to `create_program` has the error. The id stands for the earlier program again.
                 self._registry.discard(entry)
-                before = working(entry)
-                if before is None:
-                    raise ProgramNotFound(entry.id) from None
-                entry = before
-
-
-def _count(entry: Entry) -> None:
-    entry.execution_count += 1
-    entry.last_executed = time.time()
+                entry = entry.working()
+        raise ProgramNotFound(call.request.args["program_id"])
 
 
 def _versions() -> dict[str, str]:

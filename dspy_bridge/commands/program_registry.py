@@ -39,6 +39,13 @@ class Entry:
         # Set by the first request that needs the program.
         self.loading: asyncio.Future[Any] | None = None
 
+    def working(self) -> Entry | None:
+        """This entry, or the last one before it that has not failed."""
+        seen: Entry | None = self
+        while seen is not None and seen.failed:
+            seen = seen.previous
+        return seen
+
     def details(self) -> dict[str, Any]:
         """The entry as `list_programs` reports it; times are unix seconds."""
         details = {
@@ -97,7 +104,7 @@ class Registry:
         with self._lock:
             entry.failed = True
             if self._entries.get(entry.id) is entry:
-                before = working(entry)
+                before = entry.working()
                 if before is None:
                     del self._entries[entry.id]
                 else:
@@ -123,11 +130,3 @@ class Registry:
                 if seen is not None:
                     found.append(seen)
         return found
-
-
-def working(entry: Entry) -> Entry | None:
-    """`entry`, or the last one before it that has not failed."""
-    seen: Entry | None = entry
-    while seen is not None and seen.failed:
-        seen = seen.previous
-    return seen

@@ -1,6 +1,15 @@
-"""A request in flight, and how a command is served."""
+"""A request in flight, and its traffic with the client: items of its stream, tool calls and their results.
+
+Runs on the event loop's thread, except where a method says otherwise. After a call's reply nothing more is sent for it,
+and the result of a tool that it called is dropped.
+"""
 
 from __future__ import annotations
+
+import threading
+
+from dspy_bridge.errors import FrameTooLarge, ToolFailed
+from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -8,13 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from typing import Any
 
-    from dspy_bridge.dispatch.call_channel import CallChannel
     from dspy_bridge.dispatch.limiter import Limiter
-    from dspy_bridge.wire.messages import Request
+
+_NO_ANSWER = "the end of input has come; no answer can"
 
 
 class Call:
-    """One request from its receipt to its reply.
+    """One request from its receipt to its reply; see also `Caller`.
 
     For its handler: `request` and its `size` in bytes; `limiter`, if it acquires further slots; `describe(error)`, an
     exception as a reply shows it; `meter`, whose `summary()` goes into meta; `slot_transferred`, set by a call that has
@@ -24,10 +33,10 @@ class Call:
 
     def __init__(
         self,
-        request: Request,
+        request: messages.Request,
         received: float,
         size: int,
-        channel: CallChannel,
+        channel: Channel,
         limiter: Limiter,
         describe: Callable[[BaseException], dict[str, Any]],
     ) -> None:
@@ -38,18 +47,16 @@ class Call:
         self._channel = channel
         self.limiter = limiter
         self.describe = describe
-        self.started = received
+        # None while it waits for the event loop or a slot.
+        self.started: float | None = received
         self.work: Coroutine[Any, Any, Any] | None = None
         self.task: asyncio.Task[Any] | None = None
         self.deadline: asyncio.TimerHandle | None = None
-        # What the limiter calls when there is a slot.
-        self.start: Callable[[], bool] | None = None
+        self.slot: asyncio.Future[None] | None = None
         self.meter: Any = None
         self.slot_transferred = False
         self.on_reply: Callable[[bool], object] | None = None
         self.answered = False
-
-    # What follows is `Caller`.
 
     @property
     def ends(self) -> float | None:
@@ -57,24 +64,99 @@ class Call:
         return None if self.deadline is None else self.deadline.when()
 
     async def stream_item(self, item: dict[str, Any]) -> None:
-        await self._channel.stream_item(self, item)
+        self._send_item(item)
+        while not self.answered and (room := self._channel.room()) is not None:
+            await room
 
     def stream_item_threadsafe(self, item: dict[str, Any]) -> None:
-        self._channel.stream_item_threadsafe(self, item)
+        if threading.get_ident() == self._channel.thread:
+            self._send_item(item)  # now, to keep the order of this thread's items
+        else:
+            self._channel.loop.call_soon_threadsafe(self._send_item, item)
 
     async def call_tool(self, name: str, args: dict[str, Any]) -> Any:
-        return await self._channel.call_tool(self, name, args)
+        if self.answered:
+            import asyncio
+
+            # Code that swallowed its cancellation: the client would never answer.
+            raise asyncio.CancelledError("the execute is over")
+        return await self._channel.call_tool(self.id, name, args)
+
+    def _send_item(self, item: dict[str, Any]) -> None:
+        if self.answered:
+            return
+        payload = messages.encode_stream(self.id, item)
+        if len(payload) > self._channel.max_bytes:
+            text = f"the item has {len(payload)} bytes: expected at most {self._channel.max_bytes}"
+            which: dict[str, Any] = {key: item[key] for key in ("index", "field") if key in item}
+            which.update(messages.failure(FrameTooLarge.error_type, text))
+            payload = messages.encode_stream(self.id, which)
+        self._channel.push(payload)
 
 
-class Command:
-    """How one command is served.
+class Channel:
+    """What calls share. `push` sends a payload in order with the replies; `when_room`: see `FrameWriter`."""
 
-    `handler(args, call)` returns the result, or a coroutine that does. `limited`: the coroutine waits for a slot of the
-    limiter.
-    """
+    # Set by `attach`.
+    loop: asyncio.AbstractEventLoop
+    thread = 0
 
-    __slots__ = ("handler", "limited")
+    def __init__(
+        self, push: Callable[[bytes], None], when_room: Callable[[Callable[[], object]], bool], max_bytes: int
+    ) -> None:
+        self.push = push
+        self._when_room = when_room
+        self.max_bytes = max_bytes
+        self._last_call_id = 0
+        self._pending: dict[int, asyncio.Future[messages.ToolResult]] = {}
+        self._closed = False
 
-    def __init__(self, handler: Callable[[dict[str, Any], Call], Any], limited: bool = False) -> None:
-        self.handler = handler
-        self.limited = limited
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Set the event loop, on its thread."""
+        self.loop = loop
+        self.thread = threading.get_ident()
+
+    async def call_tool(self, id: messages.Id, name: str, args: dict[str, Any]) -> Any:
+        """The result of one of the client's tools. Raises `ToolFailed` with the client's error text."""
+        self._last_call_id += 1
+        call_id = self._last_call_id
+        payload = messages.encode_tool_call(id, call_id, name, args)
+        if len(payload) > self.max_bytes:
+            raise FrameTooLarge(f"tool {name}: arguments of {len(payload)} bytes: at most {self.max_bytes}")
+        if self._closed:
+            raise ToolFailed(f"{name}: {_NO_ANSWER}")
+        pending = self._pending[call_id] = self.loop.create_future()
+        self.push(payload)
+        try:
+            result = await pending
+        finally:
+            del self._pending[call_id]
+        if result.error is not None:
+            raise ToolFailed(f"{name}: {result.error}")
+        return result.value
+
+    def made_call(self, call_id: int) -> bool:
+        """Whether there ever was such a tool call. From any thread."""
+        return 0 < call_id <= self._last_call_id
+
+    def deliver(self, result: messages.ToolResult) -> None:
+        """Hand the result to the tool call that waits for it, if one does."""
+        pending = self._pending.get(result.call_id)
+        if pending is not None and not pending.done():
+            pending.set_result(result)
+
+    def close(self) -> None:
+        """Fail all tool calls, now and later: after the end of input none gets an answer."""
+        self._closed = True
+        for call_id in self._pending:
+            self.deliver(messages.ToolResult(call_id, None, _NO_ANSWER))
+
+    def room(self) -> asyncio.Future[None] | None:
+        """None if there is room now, else a future that is done when there is."""
+        room: asyncio.Future[None] = self.loop.create_future()
+
+        def found() -> None:
+            if not room.done():
+                room.set_result(None)
+
+        return room if self._when_room(lambda: self.loop.call_soon_threadsafe(found)) else None

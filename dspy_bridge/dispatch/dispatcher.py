@@ -12,8 +12,7 @@ from collections import deque
 
 from dspy_bridge import tracing
 from dspy_bridge.dispatch import error_replies
-from dspy_bridge.dispatch.call import Call, Command
-from dspy_bridge.dispatch.call_channel import CallChannel
+from dspy_bridge.dispatch.call import Call, Channel
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.dispatch.reply_encoder import ReplyEncoder
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
@@ -24,39 +23,44 @@ from dspy_bridge.wire.frames import TooLarge
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from typing import Any
+
+    # Returns the result, or a coroutine that does.
+    Handler = Callable[[dict[str, Any], Call], Any]
 
 # A longer deadline counts as none, which keeps huge numbers out of the loop's clock.
 _LONGEST_MS = 10 * 365 * 86_400_000
 
 
 class Dispatcher:
-    """Serves requests by a table of commands."""
+    """Serves requests by a table of commands. The coroutines of those that are `limited` wait for a slot."""
 
     def __init__(
         self,
-        commands: Mapping[str, Command],
+        commands: Mapping[str, Handler],
         send: Callable[[Iterable[bytes]], None],
         *,
+        limited: Collection[str],
         max_in_flight: int,
         max_queue: int,
         max_frame_bytes: int,
         log_exception: Callable[[BaseException], str],
         when_room: Callable[[Callable[[], object]], bool],
-        prepare_loop: Callable[[asyncio.AbstractEventLoop], None] = lambda _loop: None,
+        on_start: Callable[[], None] = lambda: None,
         log_warning: Callable[[str], object] = lambda _text: None,
     ) -> None:
         """`send` writes reply payloads, from any thread. `log_exception` logs an exception and returns its reference.
 
         `when_room(callback)` returns false if there is room for more output; else it calls `callback`, on any thread,
-        once there is. `prepare_loop` gets the event loop before it runs, on its thread. `log_warning` gets a text for
+        once there is. `on_start` is called on the event loop's thread before that runs. `log_warning` gets a text for
         the log, on any thread.
         """
         self._commands = commands
+        self._limited = limited
         self._send = send
         self._max_frame_bytes = max_frame_bytes
-        self._prepare_loop = prepare_loop
+        self._on_start = on_start
         self._replies = ReplyEncoder(commands, max_frame_bytes, log_exception)
         self._pings = self._replies.pings
         # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
@@ -72,7 +76,7 @@ class Dispatcher:
         self._outbox: list[bytes] = []
         self._open = 0
         self._on_idle: Callable[[], object] | None = None
-        self._channel = CallChannel(self._push, when_room, max_frame_bytes)
+        self._channel = Channel(self._push, when_room, max_frame_bytes)
 
     def answer_pings(self, data: bytes, send_packet: Callable[[bytes], None]) -> bytes:
         """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
@@ -81,7 +85,7 @@ class Dispatcher:
         if not count or not self._answers_pings or self._watch.blocked is not None:
             return data
         # Without the lock: pings are counted and reported on the reading thread only.
-        self._pings.add(time.monotonic() - received, False, count)
+        self._pings.add(time.monotonic() - received, count=count)
         send_packet(pongs)
         return data[used:]
 
@@ -127,7 +131,6 @@ class Dispatcher:
         if self._loop is None and not self._inbox:
             callback()
             return
-        self._channel.close()
         self._on_idle = callback
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._take_inbox)
@@ -153,18 +156,18 @@ class Dispatcher:
         return None
 
     def _begin(self, call: Call) -> bytes | None:
-        command = self._commands.get(call.request.command)
+        handler = self._commands.get(call.request.command)
         try:
-            if command is None:
+            if handler is None:
                 raise UnknownCommand(call.request.command, self._commands)
             if call.request.command == "ping" and self._watch.blocked is not None:
                 # Only the loop's code knows when it returns: a monitor that pings is to replace this peer.
                 raise BridgeError(self._watch.blocked)
-            result = command.handler(call.request.args, call)
+            result = handler(call.request.args, call)
         except BaseException as error:  # not even a SystemExit out of a handler may end the reading
             return self._replies.encode(call, None, error)
         if hasattr(result, "send"):
-            call.work = result
+            call.work, call.started = result, None
             self._inbox.append(call)
             return None
         return self._replies.encode(call, result, None)
@@ -175,7 +178,7 @@ class Dispatcher:
         from dspy_bridge.runtime.event_loop import EventLoop
 
         loop = EventLoop()
-        self._prepare_loop(loop)
+        self._on_start()
         self._watch.start(loop.watched)
         self._channel.attach(loop)
         # From here on `wake` goes through the loop; what came before is taken first.
@@ -197,13 +200,16 @@ class Dispatcher:
                 self._channel.deliver(item)
             elif (call := self._calls.get(item.id)) is not None:
                 self._stop(call, Cancelled("cancelled by the caller"))
+        if self._on_idle is not None:
+            self._channel.close()
         self._report_idle()
 
     def _admit(self, call: Call) -> None:
-        assert self._loop is not None
+        assert self._loop is not None and call.work is not None
         self._open += 1
-        limited = self._commands[call.request.command].limited
+        limited = call.request.command in self._limited
         if limited and self._limiter.full:
+            call.work.close()  # else Python warns that it was never awaited
             load = f"{self._limiter.running} calls are running and {self._limiter.waiting} are waiting"
             self._answer(call, None, Overloaded(load))
             return
@@ -213,22 +219,23 @@ class Dispatcher:
             late = TimedOut(f"not finished within {timeout_ms:g} ms")
             call.deadline = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
         if limited:
-            call.start = lambda: self._start(call)
-            self._limiter.submit(call.start)
-        else:
-            self._start(call)
-
-    def _start(self, call: Call) -> bool:
-        assert self._loop is not None and call.work is not None
-        call.started = time.monotonic()
-        # Not in the current context: this may run at the end of another call, which has a trace of its own.
+            call.slot = self._limiter.slot()
+        # Not in the current context, which is that of the request that woke the loop.
         context = tracing.context(call.request.traceparent)
-        call.task = context.run(self._loop.create_task, call.work)
-        # Not in the task around `work`: a task that is cancelled before its first step runs no code.
+        call.task = context.run(self._loop.create_task, self._run(call))
+        # Not in the task itself: a task that is cancelled before its first step runs no code.
         call.task.add_done_callback(lambda task: self._finished(call, task), context=context)
-        return True
+
+    async def _run(self, call: Call) -> Any:
+        assert call.work is not None
+        if call.slot is not None:
+            await call.slot
+        call.started = time.monotonic()
+        return await call.work
 
     def _finished(self, call: Call, task: asyncio.Task[Any]) -> None:
+        assert call.work is not None
+        call.work.close()
         try:
             if task.cancelled():
                 self._answer(call, None, Cancelled("cancelled"))
@@ -236,18 +243,15 @@ class Dispatcher:
                 error = task.exception()
                 self._answer(call, task.result() if error is None else None, error)
         finally:
-            if call.start is not None and not call.slot_transferred:
-                self._limiter.release()
+            if call.slot is not None and not call.slot_transferred:
+                self._limiter.leave(call.slot)
 
     def _stop(self, call: Call, why: BridgeError) -> None:
         """Reply now and cancel the work, however long it takes to notice."""
-        if call.answered or (call.task is not None and call.task.done()):
+        if call.answered or call.task is None or call.task.done():
             return  # the work has just finished, and its result is the reply
         self._answer(call, None, why)
-        if call.task is not None:
-            call.task.cancel()
-        elif call.start is not None:
-            self._limiter.withdraw(call.start)
+        call.task.cancel()
 
     def _answer(self, call: Call, result: Any, error: BaseException | None) -> None:
         if call.answered:
@@ -256,10 +260,6 @@ class Dispatcher:
         self._open -= 1
         if call.deadline is not None:
             call.deadline.cancel()
-        if call.task is None and call.work is not None:
-            # Never started: close it, else Python warns that it was never awaited. All of its time was waiting.
-            call.work.close()
-            call.started = time.monotonic()
         if self._calls.get(call.id) is call:
             del self._calls[call.id]
         self._push(self._replies.encode(call, result, error))

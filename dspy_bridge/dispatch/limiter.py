@@ -6,21 +6,21 @@ from collections import OrderedDict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import asyncio
 
 
 class Limiter:
     """At most `max_running` slots are taken at once; past `max_waiting` waiters it is `full`.
 
-    Waiters get slots in their order. Any thread may read the counts.
+    A slot is a future, done when it is taken. Waiters get them in their order. Any thread may read the counts.
     """
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self.max_running = max_running
         self._max_waiting = max_waiting
         self.running = 0
-        # Ordered, and a waiter that withdraws is found at once.
-        self._waiting: OrderedDict[Callable[[], bool], None] = OrderedDict()
+        # Ordered, and a waiter that leaves is found at once.
+        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
 
     @property
     def full(self) -> bool:
@@ -32,46 +32,39 @@ class Limiter:
         """How many wait for a slot."""
         return len(self._waiting)
 
-    def submit(self, start: Callable[[], bool]) -> None:
-        """Call `start` when a slot is free, perhaps now. It returns whether it takes the slot, to be released later."""
-        self._waiting[start] = None
-        self._start_waiting()
+    def slot(self) -> asyncio.Future[None]:
+        """A slot to wait for: the caller must `leave` it, or `release` it once it is done."""
+        import asyncio
 
-    def withdraw(self, start: Callable[[], bool]) -> None:
-        """Remove `start`, if it still waits."""
-        self._waiting.pop(start, None)
+        slot = asyncio.get_running_loop().create_future()
+        self._waiting[slot] = None
+        self._grant()
+        return slot
+
+    def leave(self, slot: asyncio.Future[None]) -> None:
+        """Free the slot, or the place in the queue."""
+        if slot.done() and not slot.cancelled():
+            self.release()
+        else:
+            self._waiting.pop(slot, None)
 
     def release(self) -> None:
         """Free a slot; the next waiter gets it."""
         self.running -= 1
-        self._start_waiting()
+        self._grant()
 
     async def acquire(self) -> None:
         """Wait for a slot."""
-        import asyncio
-
-        slot = asyncio.get_running_loop().create_future()
-
-        def start() -> bool:
-            if slot.cancelled():
-                return False
-            slot.set_result(None)
-            return True
-
-        self.submit(start)
+        slot = self.slot()
         try:
             await slot
-        except asyncio.CancelledError:
-            if slot.cancelled():
-                self.withdraw(start)  # `start` may have been called meanwhile, and have refused
-            else:
-                self.release()  # cancelled just after it got the slot
+        except BaseException:
+            self.leave(slot)
             raise
 
-    def _start_waiting(self) -> None:
-        # A loop, not recursion: after many cancels at once, thousands may refuse their slot in a row.
+    def _grant(self) -> None:
         while self._waiting and self.running < self.max_running:
-            start, _ = self._waiting.popitem(last=False)
-            self.running += 1
-            if not start():
-                self.running -= 1
+            slot, _ = self._waiting.popitem(last=False)
+            if not slot.done():
+                self.running += 1
+                slot.set_result(None)

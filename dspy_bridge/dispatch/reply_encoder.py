@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 
 from dspy_bridge.dispatch import error_replies
-from dspy_bridge.dispatch.latency import CommandStats
 from dspy_bridge.errors import FrameTooLarge
 from dspy_bridge.wire import messages
 
@@ -16,6 +16,30 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dspy_bridge.dispatch.call import Call
+
+# Quantiles are those of the last thousand calls: 8 KB for each command, sorted in 0.1 ms on request.
+WINDOW = 1000
+
+
+class CommandStats:
+    """Counts of one command since start; quantiles over its last `WINDOW` calls."""
+
+    def __init__(self) -> None:
+        self.count = self.errors = 0
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def add(self, seconds: float, failed: bool = False, count: int = 1) -> None:
+        """Count `count` calls that took `seconds` from receipt to reply."""
+        self.count += count
+        self.errors += failed
+        self._recent.extend([seconds] * count)
+
+    def summary(self) -> dict[str, int | float]:
+        """`{"count", "errors", "p50_ms", "p99_ms"}`, times in ms."""
+        ordered = sorted(self._recent)
+        # The nearest rank. Rounded up without `math`, whose import the first ping would wait for.
+        p50, p99 = (round(ordered[-int(-share * len(ordered) // 1) - 1] * 1000, 3) for share in (0.5, 0.99))
+        return {"count": self.count, "errors": self.errors, "p50_ms": p50, "p99_ms": p99}
 
 
 class ReplyEncoder:
@@ -44,7 +68,12 @@ class ReplyEncoder:
         if call.on_reply is not None:
             call.on_reply(error is None)
         if error is not None:
-            payload = self._encode_error(call.id, error, meta)
+            failure = self.describe(error)
+            payload = self._fitting(meta, lambda meta: messages.encode_failure(call.id, failure, meta))
+            if len(payload) > self._max_bytes:
+                # The limit is a few hundred bytes, or an id or a name fills it.
+                failure = messages.failure(FrameTooLarge.error_type, "the error is too long for a frame")
+                payload = messages.encode_failure(call.id, failure)
         stats = self._stats.get(call.request.command)
         if stats is not None:
             with self._lock:
@@ -60,15 +89,6 @@ class ReplyEncoder:
         with self._lock:
             return {name: stats.summary() for name, stats in self._stats.items() if stats.count}
 
-    def _encode_error(self, id: messages.Id, error: BaseException, meta: dict[str, Any] | None) -> bytes:
-        failure = self.describe(error)
-        payload = self._fitting(meta, lambda meta: messages.encode_failure(id, failure, meta))
-        if len(payload) > self._max_bytes:
-            # The limit is a few hundred bytes, or an id or a name fills it.
-            text = "the error is too long for a frame"
-            payload = messages.encode_failure(id, messages.failure(FrameTooLarge.error_type, text))
-        return payload
-
     def _fitting(self, meta: dict[str, Any] | None, encode: Callable[[dict[str, Any] | None], bytes]) -> bytes:
         """A payload with meta; if it is too long, with its lists of LM calls left out, the longest first."""
         payload = encode(meta)
@@ -81,7 +101,10 @@ class ReplyEncoder:
 
 
 def _meta(call: Call, now: float) -> dict[str, Any]:
-    usage: dict[str, Any] = {
+    meta: dict[str, Any] = {
+        "duration_ms": round((now - call.received) * 1000, 3),
+        # All of its time was waiting, if it has never started.
+        "queue_ms": round(((now if call.started is None else call.started) - call.received) * 1000, 3),
         "wait_ms": 0.0,
         "lm_usage": {},
         "lm_calls": 0,
@@ -89,17 +112,11 @@ def _meta(call: Call, now: float) -> dict[str, Any]:
         "finish_reasons": [],
         "fallbacks": 0,
         "cost_usd": 0.0,
+        **{name: [] for name in ("history", "lm_events") if getattr(call.request, name)},
     }
-    for name, wanted in (("history", call.request.history), ("lm_events", call.request.lm_events)):
-        if wanted:
-            usage[name] = []
     if call.meter is not None:
         try:
-            usage = call.meter.summary()
+            meta.update(call.meter.summary())
         except Exception:  # an LM of the user's may report anything as its usage
             pass
-    return {
-        "duration_ms": round((now - call.received) * 1000, 3),
-        "queue_ms": round((call.started - call.received) * 1000, 3),
-        **usage,
-    }
+    return meta

@@ -27,7 +27,6 @@ from dspy_bridge.lm.metering import endings, meter
 from dspy_bridge.lm.offline import offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
-from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
 
 # Equal options share LMs and so their connections; the least recently used options go first.
@@ -56,11 +55,6 @@ class LMs:
         routes.install()
         endings.install()
         meter.install()
-        # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
-        steps = (dspy_internals.PREPARE, dspy_internals.ROUTE, dspy_internals.PRICE_RESULT)
-        inline_executor.allow(
-            *([step.value for step in some if step.there] for some in (steps, dspy_internals.CACHE_STEPS))
-        )
         redaction.learn_environment()
         redaction.learn(settings.lm_options, for_good=True)
         self.settings = settings

@@ -147,24 +147,25 @@ class Run(lm_call.RunContext):
     async def slot(self) -> AsyncIterator[None]:
         """A slot of the peer's limiter: the run itself holds none, so that its LM calls and other runs take turns."""
         self.check()
-        # The limiter belongs to the other loop if inputs are large; this future knows atomically which came first, the
-        # slot or a cancel.
-        slot: Future[None] = Future()
+        # The limiter belongs to the other loop if inputs are large.
+        granted: Future[None] = Future()
+        slots: list[asyncio.Future[None]] = []
 
-        def start() -> bool:
-            if not slot.set_running_or_notify_cancel():
-                return False
-            slot.set_result(None)
-            return True
+        def ask() -> None:
+            slots.append(self._limiter.slot())
+            slots[0].add_done_callback(grant)
 
-        self._loop.call_soon_threadsafe(self._limiter.submit, start)
+        def grant(_slot: object) -> None:
+            if granted.set_running_or_notify_cancel():
+                granted.set_result(None)
+
+        self._loop.call_soon_threadsafe(ask)
         try:
-            await asyncio.wrap_future(slot)
+            await asyncio.wrap_future(granted)
             self.check()
             yield
         finally:
-            end = self._limiter.withdraw if slot.cancel() else lambda _start: self._limiter.release()
-            self._loop.call_soon_threadsafe(end, start)
+            self._loop.call_soon_threadsafe(lambda: self._limiter.leave(slots[0]))
 
     # In the run's threads.
 

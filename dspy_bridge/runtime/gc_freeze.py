@@ -18,7 +18,7 @@ class GcFreezer:
     """Counts loaded and removed programs. When due, call `freeze`, on a thread that nobody waits for."""
 
     def __init__(self) -> None:
-        # Threads may lose a count to each other, which delays a collection.
+        # Threads may lose a count to each other.
         self._changes = 0
         self._removed = False
 

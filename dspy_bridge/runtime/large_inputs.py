@@ -15,7 +15,6 @@ import time
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from dspy_bridge.runtime import inline_executor
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 from dspy_bridge.runtime.event_loop import EventLoop
 
@@ -80,7 +79,6 @@ def loop() -> asyncio.AbstractEventLoop:
     with _starting:
         if _loop is None:
             _loop = EventLoop()
-            _loop.set_default_executor(inline_executor.InlineExecutor(memory_cache_only=False))
             threading.Thread(target=_run, args=(_loop,), name="dspy_bridge-large", daemon=True).start()
         return _loop
 

@@ -1,7 +1,7 @@
 """Notices that code blocks the event loop. While it does, no run makes progress and no deadline passes.
 
 The loop's selector notes when it returns and when it is called again: between the two the loop is in one turn. A thread
-looks at these notes, and if the loop is in a turn at the frames of its thread.
+looks at these notes, and if the loop is in a turn at the frames of its thread: for how long does one step last?
 
 Only the time between two timely looks counts. If the thread was late itself, the whole process did not run: it was
 stopped, the machine was busy, or C code held the interpreter.
@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 
 # Between two looks, in seconds.
 _TICK = 0.05
-# The most that counts of a look that came late, in seconds.
-_MOST = 2 * _TICK
 # A step that was seen for so long is logged. It may have begun one look before, so those of 250 ms are.
 SLOW = 0.25 - _TICK
-# After so many seconds in one turn pings fail.
+# After so many seconds in one step pings fail.
 BLOCKED = 5.0
 # The flags of coroutines, of generators used as such and of async generators; `inspect` takes 10 ms to import.
 _COROUTINE = 0x80 | 0x100 | 0x200
@@ -48,69 +46,48 @@ class LoopWatch:
         threading.Thread(target=self._watch, args=arguments, name="dspy_bridge-watch", daemon=True).start()
 
     def _watch(self, selector: WatchedSelector, thread: int) -> None:
-        turn: float | None = None
-        step: _Step | None = None
-        # For how long this turn and this step were seen.
-        turned = held = 0.0
+        seen: tuple[float, FrameType] | None = None
+        place, held = "", 0.0
         while True:
             before = time.monotonic()
             time.sleep(_TICK)
-            passed = min(time.monotonic() - before, _MOST)
-            last_turn, last_step = turn, step
-            turn = selector.turn_began
-            step = None if turn is None else _Step.of(thread)
-            if turn is not None and turn == last_turn:
-                turned += passed
-                self._notice(turned, step)
+            turn, last = selector.turn_began, seen
+            step = None if turn is None else _step(thread)
+            seen = None if turn is None or step is None else (turn, step[0])
+            if step is not None and last is not None and seen == last:
+                place = step[1]
+                held += min(time.monotonic() - before, 2 * _TICK)
+                if held >= BLOCKED:
+                    self._block(f"the event loop has been blocked for {held:.0f} s by {place}")
             else:
-                if self.blocked is not None:
-                    self.blocked = None
-                    self._warn(f"the event loop goes on after {turned:.0f} s")
-                turned = 0.0
-            if step is not None and turn == last_turn and last_step is not None and step.root is last_step.root:
-                held += passed
-                continue
-            if held >= SLOW and last_step is not None:
-                self._warn(f"{last_step.place} blocked the event loop for {held:.1f} s")
-            held = 0.0
+                if held >= SLOW:
+                    self._warn(f"{place} blocked the event loop for {held:.1f} s")
+                self.blocked, held = None, 0.0
 
-    def _notice(self, turned: float, step: _Step | None) -> None:
-        if turned < BLOCKED or step is None or step.importing:
-            return
-        text = f"the event loop has been blocked for {turned:.0f} s by {step.place}"
+    def _block(self, text: str) -> None:
         if self.blocked is None:
             self._warn(f"{text}: nothing else runs, no deadline passes, and pings fail")
         self.blocked = text
 
 
-class _Step:
-    """What a thread runs. `root` identifies it: the outermost coroutine's frame. `place` names the innermost one and
-    its line. `importing`: it imports a module, or waits for one."""
+def _step(thread: int) -> tuple[FrameType, str] | None:
+    """What a thread runs: the outermost coroutine's frame, and the place of the innermost one.
 
-    __slots__ = ("importing", "place", "root")
-
-    def __init__(self, root: FrameType, innermost: FrameType, importing: bool) -> None:
-        self.root = root
-        self.importing = importing
-        code = innermost.f_code
-        # Before Python 3.11 code has no qualified name.
-        name = getattr(code, "co_qualname", code.co_name)
-        self.place = f"{innermost.f_globals.get('__name__')}.{name}, line {innermost.f_lineno}"
-
-    @classmethod
-    def of(cls, thread: int) -> _Step | None:
-        """The step of a thread."""
-        frame = first = sys._current_frames().get(thread)
-        if first is None:
+    None while it imports a module, or waits for one.
+    """
+    frame = first = sys._current_frames().get(thread)
+    coroutines: list[FrameType] = []
+    while frame is not None:
+        if frame.f_code.co_flags & _COROUTINE:
+            coroutines.append(frame)
+        elif not coroutines and frame.f_code.co_filename.startswith(_IMPORTING):
             return None
-        coroutines: list[FrameType] = []
-        importing = False
-        while frame is not None:
-            if frame.f_code.co_flags & _COROUTINE:
-                coroutines.append(frame)
-            elif not coroutines:
-                importing = importing or frame.f_code.co_filename.startswith(_IMPORTING)
-            frame = frame.f_back
-        if not coroutines:
-            return cls(first, first, importing)
-        return cls(coroutines[-1], coroutines[0], importing)
+        frame = frame.f_back
+    innermost = coroutines[0] if coroutines else first
+    if innermost is None:
+        return None
+    code = innermost.f_code
+    # Before Python 3.11 code has no qualified name.
+    name = getattr(code, "co_qualname", code.co_name)
+    place = f"{innermost.f_globals.get('__name__')}.{name}, line {innermost.f_lineno}"
+    return coroutines[-1] if coroutines else innermost, place

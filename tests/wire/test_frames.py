@@ -49,7 +49,7 @@ def test_a_frame_over_the_limit_is_not_stored() -> None:
     assert decoder.feed((0xFFFFFFFF).to_bytes(4, "big")) == [TooLarge(0xFFFFFFFF)]
     for _ in range(100):
         assert decoder.feed(b"x" * 10_000) == []
-        assert decoder._parts == []
+        assert decoder._pieces == []
     assert decoder.mid_frame
 
 

