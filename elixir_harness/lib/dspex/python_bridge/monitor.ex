@@ -39,14 +39,12 @@ defmodule DSPex.PythonBridge.Monitor do
   """
 
   use GenServer
-  use DSPex.PythonBridge.OTP.ServerGuard
 
   require Logger
 
   alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
   alias DSPex.PythonBridge.Bridge.{Health, Server}
   alias DSPex.PythonBridge.Options.Table
-  alias DSPex.PythonBridge.OTP.ServerGuard
 
   # check: the monitor of the regular check that runs, since `started`; waiting: callers who forced it; next: those who
   # asked meanwhile, and get a check of their own. timer: of the next check. doubt: the timer of the next ping in doubt;
@@ -156,7 +154,7 @@ defmodule DSPex.PythonBridge.Monitor do
     do: {:noreply, start_check(%{state | waiting: [from]})}
 
   def handle_call(:check, from, state), do: {:noreply, %{state | next: [from | state.next]}}
-  def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
+  def handle_call(_stray, _from, state), do: {:reply, {:error, :unknown_call}, state}
 
   # Both come from a bridge in a pool.
   @impl GenServer
@@ -170,7 +168,7 @@ defmodule DSPex.PythonBridge.Monitor do
     {:noreply, %{state | health: Health.heard(state.health)}}
   end
 
-  def handle_cast(message, state), do: drop(message, state)
+  def handle_cast(_stray, state), do: {:noreply, state}
 
   @impl GenServer
   def handle_info({:timeout, timer, :check}, %{timer: timer, check: nil} = state),
@@ -217,12 +215,7 @@ defmodule DSPex.PythonBridge.Monitor do
 
   # A timer that was cancelled too late.
   def handle_info({:timeout, _timer, :check}, state), do: {:noreply, state}
-  def handle_info(message, state), do: drop(message, state)
-
-  defp drop(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    {:noreply, state}
-  end
+  def handle_info(_stray, state), do: {:noreply, state}
 
   ## Pings
 

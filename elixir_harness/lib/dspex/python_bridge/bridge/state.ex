@@ -7,7 +7,6 @@ defmodule DSPex.PythonBridge.Bridge.State do
   #   * `restarts_waiting`: callers of a restart
   #   * `to_load`: the declared programs that are still to be loaded; `loading`: the one that is; `failed`: why others
   #     could not be, by their stamps (`DSPex.PythonBridge.Bridge.DeclaredPrograms`)
-  #   * `big?`: whether a large request may still wait to be written
 
   alias DSPex.PythonBridge.{Error, Options, Programs}
   alias DSPex.PythonBridge.Bridge.{Backoff, DeclaredPrograms, LogForwarder, Peer}
@@ -18,7 +17,7 @@ defmodule DSPex.PythonBridge.Bridge.State do
               [:peer, :next, :timer, :last_error, :loading] ++
               [status: :starting, old: [], opened: 0, backoff: Backoff.new()] ++
               [restarts_waiting: [], failed: %{}] ++
-              [big?: false, late_replies: 0, unreadable_frames: 0]
+              [late_replies: 0, unreadable_frames: 0]
 
   @type t :: %__MODULE__{
           options: Options.t(),
@@ -39,7 +38,6 @@ defmodule DSPex.PythonBridge.Bridge.State do
           to_load: [Programs.Store.id()],
           loading: DeclaredPrograms.loading() | nil,
           failed: %{Programs.Store.stamp() => Error.t()},
-          big?: boolean(),
           late_replies: non_neg_integer(),
           unreadable_frames: non_neg_integer()
         }

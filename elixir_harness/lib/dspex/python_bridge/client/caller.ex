@@ -63,9 +63,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
     do: %Request{body: body, change: change}
 
   defp request(body, change, opts) do
-    retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
+    resend = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
     stream? = Keyword.get(opts, :stream, false)
-    %Request{body: body, change: change, retry: retry, stream?: stream?}
+    %Request{body: body, change: change, resend: resend, stream?: stream?}
   end
 
   # Only runs have tools: other commands need no lookup.

@@ -116,7 +116,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     again? = Map.get(call, :again?, false)
 
     state =
-      Map.merge(state, %{pool?: request.retry == :pool, again?: again?, chunks: :queue.new()})
+      Map.merge(state, %{pool?: request.resend == :caller, again?: again?, chunks: :queue.new()})
 
     make(struct!(__MODULE__, state), request)
   end
@@ -169,8 +169,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
       {:timeout, _timer, :deadline} ->
         loop(state)
 
-      other ->
-        ServerGuard.drop(other, __MODULE__)
+      _stray ->
         loop(state)
     end
   end

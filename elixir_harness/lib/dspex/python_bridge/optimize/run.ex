@@ -74,7 +74,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
 
   # The bridge itself would send it to a peer without the program.
   defp route(%{where: {:bridge, dest}}, execute, deadline),
-    do: {dest, %Calls.Request{body: execute, retry: :never, stream?: true}, deadline}
+    do: {dest, %Calls.Request{body: execute, resend: :never, stream?: true}, deadline}
 
   defp route(%{where: {:pool, handle}} = run, execute, deadline) do
     %Route{
@@ -146,7 +146,7 @@ defmodule DSPex.PythonBridge.Optimize.Run do
 
   defp at_peer(run, call, progress, left) do
     TemporaryProgram.at(run.program, call.dest)
-    created = TemporaryProgram.ask(call.dest, run.create, call.request.retry, call.deadline)
+    created = TemporaryProgram.ask(call.dest, run.create, call.request.resend, call.deadline)
 
     with {:frame, frame} <- created, true <- Protocol.success?(frame) do
       {reply, progress} = items(call, StreamProxy.start(call, run.holder), progress)

@@ -54,8 +54,7 @@ defmodule DSPex.PythonBridge.Optimize.TemporaryProgram do
       {:DOWN, _monitor, :process, ^caller, _reason} ->
         remove(id, peers)
 
-      other ->
-        ServerGuard.drop(other, __MODULE__)
+      _stray ->
         loop(id, caller, peers)
     end
   end
@@ -67,11 +66,11 @@ defmodule DSPex.PythonBridge.Optimize.TemporaryProgram do
   end
 
   @doc """
-  Sends a peer a request without a change that its bridge would keep. `retry`: of `DSPex.PythonBridge.Calls.Request`.
+  Sends a peer a request without a change that its bridge would keep. `resend`: of `DSPex.PythonBridge.Calls.Request`.
   """
-  @spec ask(Caller.dest(), binary(), Calls.Request.retry(), Deadline.t()) :: Calls.Request.reply()
-  def ask(bridge, body, retry, deadline) do
-    request = %Calls.Request{body: body, retry: retry}
+  @spec ask(Caller.dest(), binary(), atom(), Deadline.t()) :: Calls.Request.reply()
+  def ask(bridge, body, resend, deadline) do
+    request = %Calls.Request{body: body, resend: resend}
     Caller.send_and_wait(bridge, Deadline.left(deadline), request)
   end
 end

@@ -17,10 +17,9 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   # is loaded for the second time.
 
   use GenServer
-  use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.OS
-  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry, ServerGuard}
+  alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry}
 
   # A peer usually ends a few milliseconds after the end of its input. The promise is 1 s; on a loaded machine the kill
   # itself takes a part of that.
@@ -156,10 +155,7 @@ defmodule DSPex.PythonBridge.OS.Reaper do
 
   def handle_info(:timeout, state), do: noreply(look(state))
 
-  def handle_info(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    noreply(state)
-  end
+  def handle_info(_stray, state), do: noreply(state)
 
   defp noreply(state, how \\ :noreply) do
     if :ets.info(state.peers, :size) == 0,

@@ -11,8 +11,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   # Sending never blocks the coordinator. A member whose connection is full gets a hello later, which includes everything
   # that was not sent.
 
-  alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.Pool.{Handle, LoadCounters}
   alias DSPex.PythonBridge.Programs.Store
 
   # `:pg` registers a process of that name.
@@ -116,7 +115,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   def note(%__MODULE__{} = cluster, handle, coordinator, serves?) do
     serves? = serves? and MapSet.member?(cluster.members, coordinator)
 
-    # The number distinguishes one readiness from the next, as in DSPex.PythonBridge.Calls.LoadCounters.
+    # The number distinguishes one readiness from the next, as in DSPex.PythonBridge.Pool.LoadCounters.
     if serves?,
       do: :ets.insert(handle.others, {coordinator, System.unique_integer([:monotonic])}),
       else: :ets.delete(handle.others, coordinator)

@@ -44,13 +44,24 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       {:error, "it has no id"}
   """
   @spec one(term()) :: {:ok, t()} | {:error, String.t()}
-  def one(entry), do: read(entry)
+  def one(module) when is_atom(module) and module not in [nil, true, false] do
+    with {:module, _} <- Code.ensure_loaded(module),
+         true <- function_exported?(module, :definition, 0),
+         {:ok, definition} <- definition(module) do
+      with {:error, text} <- arguments(definition), do: {:error, "its definition/0: #{text}"}
+    else
+      {:error, text} when is_binary(text) -> {:error, text}
+      _neither -> {:error, "there is no such module with a definition/0"}
+    end
+  end
+
+  def one(entry), do: arguments(entry)
 
   defp not_a_list,
     do: {:error, "expected a list of maps, keyword lists and modules"}
 
   defp all(list) do
-    entries = for {entry, n} <- Enum.with_index(list, 1), do: {place(entry, n), read(entry)}
+    entries = for {entry, n} <- Enum.with_index(list, 1), do: {place(entry, n), one(entry)}
 
     case Enum.find_value(entries, fn {place, read} -> refusal(place, read) end) || twice(entries) do
       nil -> {:ok, for({_place, {:ok, declared}} <- entries, do: declared)}
@@ -78,20 +89,6 @@ defmodule DSPex.PythonBridge.Programs.Declared do
 
   ## One entry
 
-  defp read(module) when is_atom(module) and module not in [nil, true, false] do
-    with {:module, _} <- Code.ensure_loaded(module),
-         true <- function_exported?(module, :definition, 0),
-         {:ok, definition} <- definition(module) do
-      with {:error, text} <- arguments(definition), do: {:error, "its definition/0: #{text}"}
-    else
-      {:error, text} when is_binary(text) -> {:error, text}
-      {:error, _reason} -> {:error, "there is no such module"}
-      false -> {:error, "the module has no definition/0"}
-    end
-  end
-
-  defp read(entry), do: arguments(entry)
-
   # User code; its exception may show what it was about.
   defp definition(module) do
     {:ok, module.definition()}
@@ -104,25 +101,12 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       {:error, "its definition/0 ended with #{kind}"}
   end
 
-  defp arguments(entry) when is_map(entry) and not is_struct(entry),
-    do: arguments(Map.to_list(entry), entry)
-
-  defp arguments(entry) when is_list(entry) and entry != [] do
-    if Keyword.keyword?(entry), do: arguments(entry, entry), else: arguments(nil)
-  end
-
-  defp arguments(_other),
-    do:
-      {:error,
-       "expected a map or keyword list of create_program's arguments, or a module with definition/0"}
-
-  defp arguments(pairs, _entry) do
-    names = for {key, _value} <- pairs, do: Payload.string(key) || key
-
-    case names -- Enum.uniq(names) do
-      [] -> with_id(Map.new(pairs, fn {key, value} -> {Payload.string(key) || key, value} end))
-      [name | _more] -> {:error, "#{shown(name)} is there twice"}
-    end
+  defp arguments(entry) do
+    if (is_map(entry) and not is_struct(entry)) or (entry != [] and Keyword.keyword?(entry)),
+      do: with_id(Map.new(entry, fn {key, value} -> {Payload.string(key) || key, value} end)),
+      else:
+        {:error,
+         "expected a map or keyword list of create_program's arguments, or a module with definition/0"}
   end
 
   defp with_id(%{"id" => id} = args) do

@@ -157,8 +157,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolder do
       {:DOWN, _monitor, :process, pid, _reason} when pid in [proxy, caller] ->
         Functions.end_all(functions)
 
-      other ->
-        ServerGuard.drop(other, __MODULE__)
+      _stray ->
         loop(state)
     end
   end

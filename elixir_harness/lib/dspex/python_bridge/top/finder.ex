@@ -3,9 +3,8 @@ defmodule DSPex.PythonBridge.Top.Finder do
   # The bridges of this node: those of pools, of supervisors, and others, with a name or without; and its runs. No process
   # is asked.
 
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Registry
-  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.Pool.{Handle, LoadCounters}
   alias DSPex.PythonBridge.Telemetry.RunSpan
   alias DSPex.PythonBridge.Top
 

@@ -7,9 +7,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Protocol}
-  alias DSPex.PythonBridge.Bridge.Redaction
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.{Bridge, Error}
   alias DSPex.Test.Exits
 
   defmodule Names do
@@ -241,19 +239,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
 
       assert text =~ ~r/\Athe reply has 10\d\d bytes; max_frame_bytes is 1000\z/
       assert {:ok, _text, _meta} = run.([["long", "reply", 900]], [])
-    end
-
-    test "a request of exactly max_frame_bytes is sent" do
-      {:ok, body} = Protocol.encode_body(:echo, %{a: ""})
-      # The start's ping had id 1.
-      size = fn id -> IO.iodata_length(Protocol.request_frame(id, :infinity, body)) end
-      bridge = start_up("echo", max_frame_bytes: 1_000)
-      fits = String.duplicate("x", 1_000 - size.(2))
-      # It is sent: the echo with what surrounds it is too large to come back.
-      assert {:error, "the reply has " <> _} = Bridge.call(bridge, :echo, %{a: fits}, :infinity)
-
-      assert {:error, "the request has " <> _} =
-               Bridge.call(bridge, :echo, %{a: fits <> "x"}, :infinity)
     end
 
     test "leaves no monitor and no large frame in the bridge" do
@@ -751,60 +736,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       kill(os_pid(bridge))
       eventually(fn -> not alive?(child) end)
     end
-  end
-
-  test "no report of the bridge shows secrets, requests or replies" do
-    opts =
-      fake_opts("never_reads", lm_options: %{api_key: "sk-secret"}, env: %{"KEY" => "sk-secret"})
-
-    {:ok, bridge} = start_supervised(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
-    eventually(fn -> Bridge.get_status(bridge).state == :running end)
-    :ok = Bridge.cast(bridge, :big, %{a: String.duplicate("x", 3_000_000)})
-    :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
-
-    refute inspect(:sys.get_state(bridge), limit: :infinity) =~ "sk-secret"
-    status = inspect(:sys.get_status(bridge), limit: :infinity, printable_limit: :infinity)
-    refute status =~ "sk-secret"
-    refute status =~ "the contents"
-
-    log =
-      ExUnit.CaptureLog.capture_log(fn ->
-        monitor = Process.monitor(bridge)
-        # What a function is called with that has no clause for it is in the exit reason.
-        :sys.replace_state(
-          bridge,
-          &update_in(&1.in_flight.calls, fn calls -> {:broken, calls} end)
-        )
-
-        :sys.suspend(bridge)
-        :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
-        # This one is then still in its mailbox.
-        :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
-        # A crash report shows these.
-        assert {:messages, []} = Process.info(bridge, :messages)
-        :sys.resume(bridge)
-        assert_receive {:DOWN, ^monitor, :process, ^bridge, _reason}
-      end)
-
-    assert log =~ "terminating"
-    refute log =~ "sk-secret"
-    refute log =~ "the contents"
-  end
-
-  test "events of :sys.log/2 are shown without contents" do
-    request = %Request{ref: make_ref(), pid: self(), timeout: 5, body: "the contents"}
-    message = {:request, request}
-    events = [{:in, message}, {:in, message, :state}, {:noreply, "the contents"}, "the contents"]
-    %{log: shown} = Redaction.format_status(%{log: events})
-    assert [{:in, {:request, _, _, 5, :redacted}}, {:in, _, :state}, :redacted, :redacted] = shown
-    refute inspect(shown) =~ "the contents"
-
-    result = {:tool_result, hd(Port.list()), 1, "the contents"}
-
-    %{log: shown} =
-      Redaction.format_status(%{log: [{:in, {:request, "the contents"}}, {:in, result}]})
-
-    assert [{:in, {:request, :redacted}}, {:in, {:tool_result, _, 1, :redacted}}] = shown
   end
 
   test "log lines name the bridge and the Python process" do

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Pool}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Pool.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
 
   @moduletag :tmp_dir
@@ -60,7 +60,8 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
   test "a pool of 3 under 50 callers, one peer killed whenever two serve: none sees an error", %{
     tmp_dir: dir
   } do
-    start(dir, pool_size: 3)
+    # A call may be hit each time.
+    start(dir, pool_size: 3, max_retries: 8)
     create("qa")
     all_have("qa")
     stop = :atomics.new(1, [])
@@ -80,7 +81,6 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     rounds = String.to_integer(System.get_env("POOL_STORM_ROUNDS", "8"))
 
     for n <- 1..rounds do
-      # One is left that serves: a call that is hit 1 + max_retries times is given up.
       running = eventually(fn -> two_or_more(running()) end, 30_000)
       os_pid = Enum.at(running, rem(n, length(running)))
       kill(os_pid)

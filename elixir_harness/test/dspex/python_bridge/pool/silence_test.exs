@@ -7,9 +7,8 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
 
   alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
   alias DSPex.PythonBridge.Bridge.Server
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
-  alias DSPex.Test.{PoolProbe, SilentLM}
+  alias DSPex.Test.SilentLM
 
   @pool __MODULE__.Pool
 
@@ -62,25 +61,6 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
     Task.shutdown(caller, :brutal_kill)
     eventually(fn -> Bridge.get_status(hung.bridge).pending == 0 end)
     assert for(_ <- 1..20, uniq: true, do: ask(5_000)) == [other.os_pid]
-  end
-
-  @tag :capture_log
-  test "callers that are killed before they have sent leave no load; after a restart calls are spread evenly" do
-    [%{bridge: bridge} | _] = start_up(who(pool_size: 3))
-    counters = Handle.fetch(@pool).counters
-
-    # Which has happened to 60 of 14,000 callers.
-    for index <- LoadCounters.indexes(counters), _ <- 1..20 do
-      {caller, monitor} = spawn_monitor(fn -> LoadCounters.ticket(counters, index) end)
-      assert_receive {:DOWN, ^monitor, :process, ^caller, _reason}
-    end
-
-    Process.exit(Process.whereis(bridge), :kill)
-    eventually(fn -> PoolProbe.busy(@pool) == [0, 0, 0] end)
-    eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
-    counts = for(_ <- 1..300, do: ask(5_000)) |> Enum.frequencies() |> Map.values()
-    assert Enum.sort(counts) == [100, 100, 100]
-    assert PoolProbe.busy(@pool) == [0, 0, 0]
   end
 
   @tag :capture_log

@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Tools.FunctionHolderTest do
   # Makes the call of the calling process by the test's process, the bridge.
   defp start(bridge, holder, opts \\ []) do
     deadline = Deadline.new(Keyword.get(opts, :timeout, :infinity))
-    request = %Request{body: "", retry: Keyword.get(opts, :retry, :pool)}
+    request = %Request{body: "", resend: Keyword.get(opts, :resend, :caller)}
     StreamProxy.start(%{dest: bridge, deadline: deadline, request: request}, holder)
   end
 
