@@ -12,7 +12,7 @@ defmodule Sim.Peer do
   @change_ms 3
   @max_pending 2_000
 
-  defstruct [:handle, :index, :coordinator, :service_ms, up?: false, life: 0, programs: %{}, calls: %{}, changes: :queue.new(), busy?: false]
+  defstruct [:handle, :index, :coordinator, :service_ms, up?: false, life: 0, programs: %{}, calls: %{}, changes: :queue.new(), busy?: false, staying: %{}]
 
   def start(handle, index, name, coordinator, service_ms) do
     pid = Runtime.spawn(fn -> init(handle, index, coordinator, service_ms) end)
@@ -55,12 +55,15 @@ defmodule Sim.Peer do
   defp handle({:timeout, _timer, {:started, life}}, %{life: life} = peer) do
     programs = for {id, _stamp, body} <- store(:definitions, [peer.handle.programs]), into: %{}, do: {id, body}
     set(peer, :ready)
-    know(%{peer | programs: programs, up?: true})
+    peer = know(%{peer | programs: programs, up?: true})
+    Enum.reduce(peer.staying, peer, fn {_ref, request}, peer -> handle({:request, request}, peer) end)
   end
 
   defp handle(:die, %{up?: true} = peer) do
     set(peer, :down)
-    for {ref, _watch} <- peer.calls, do: finish(peer, ref, {:error, {:died, :sent}})
+    for {ref, watch} <- peer.calls,
+        do: if(peer.staying[ref], do: Runtime.demonitor(watch), else: finish(peer, ref, {:error, {:died, :sent}}))
+
     for %Request{ref: ref} <- :queue.to_list(peer.changes), do: Runtime.send(ref, {ref, {:error, {:died, :sent}}})
     open(know(%{peer | up?: false, life: peer.life + 1, programs: %{}, calls: %{}, changes: :queue.new(), busy?: false}))
   end
@@ -69,6 +72,11 @@ defmodule Sim.Peer do
 
   ## Requests
 
+  # Its caller leaves it to the bridge, which is not made to count deaths here.
+  defp handle({:request, %Request{resend: :bridge} = request}, peer) when not is_map_key(peer.staying, request.ref),
+    do: handle({:request, request}, %{peer | staying: Map.put(peer.staying, request.ref, request)})
+
+  defp handle({:request, %Request{resend: :bridge}}, %{up?: false} = peer), do: peer
   defp handle({:request, request}, %{up?: false} = peer), do: refuse(peer, request, {:died, :unsent})
 
   defp handle({:request, %Request{change: nil} = request}, peer) do
@@ -99,7 +107,7 @@ defmodule Sim.Peer do
   defp handle({:timeout, _timer, {:run, life, ref, body}}, %{life: life} = peer) when is_map_key(peer.calls, ref) do
     {:ok, %{"args" => %{"program_id" => id}}} = JSON.decode("{" <> binary_part(body, 1, byte_size(body) - 1))
     finish(peer, ref, {:frame, run(peer.programs[id], id)})
-    %{peer | calls: Map.delete(peer.calls, ref)}
+    %{peer | calls: Map.delete(peer.calls, ref), staying: Map.delete(peer.staying, ref)}
   end
 
   defp handle({:timeout, _timer, {:change, life}}, %{life: life} = peer) do
@@ -120,10 +128,10 @@ defmodule Sim.Peer do
 
   defp drop(peer, ref) when is_map_key(peer.calls, ref) do
     finish(peer, ref, {:error, :timeout})
-    %{peer | calls: Map.delete(peer.calls, ref)}
+    %{peer | calls: Map.delete(peer.calls, ref), staying: Map.delete(peer.staying, ref)}
   end
 
-  defp drop(peer, _ref), do: peer
+  defp drop(peer, ref), do: %{peer | staying: Map.delete(peer.staying, ref)}
 
   defp refuse(peer, request, why) do
     Runtime.send(request.ref, {request.ref, {:error, why}})

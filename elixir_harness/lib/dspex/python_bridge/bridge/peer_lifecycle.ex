@@ -5,18 +5,23 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   # A peer that starts is `next`. When it has answered the bridge's own ping it becomes `peer` and serves. The
   # definitions of all programs are sent to it before the calls; it loads a program with the first run that needs it.
   #
-  # When the `peer` dies, a `next` is started, after a delay that grows while no peer is of any use
-  # (`DSPex.PythonBridge.Bridge.Backoff`). The bridge never gives up. While none starts,
+  # When the `peer` dies, a `next` is started: after 50 ms, and twice as long, up to 5 s, after each further one that was of
+  # no use. The bridge never gives up. While none starts,
   # calls wait within their own timeouts, and after `max_retries` further attempts fail at once.
   #
   # A restart starts a `next` while the `peer` goes on serving. When the new one takes over, the other is `old`: it
   # finishes its calls, and is ended.
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.Bridge.{Backoff, DeclaredPrograms, Peer, StartDiagnosis, State, Status}
+  alias DSPex.PythonBridge.Bridge.{DeclaredPrograms, Peer, StartDiagnosis, State, Status}
   alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.ServerGuard
+
+  @first_delay_ms 50
+  @max_delay_ms 5_000
+  # The first delay doubled seven times is past the maximum.
+  @max_doublings 7
 
   ## Start
 
@@ -142,11 +147,14 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   defp refuse_calls(state), do: state
 
-  defp try_again(state, early?, working?) do
-    {delay, backoff} = Backoff.died(state.backoff, early?, working?)
-    hopeless? = Backoff.hopeless?(backoff, state.options.max_retries)
-    status = if hopeless?, do: :failed, else: :restarting
-    {delay, set_timer(%{state | backoff: backoff, status: status}, delay, :open)}
+  # `useless?`: whether the peer had been of no use; `working?`: whether it had work, which may have killed it.
+  defp try_again(state, useless?, working?) do
+    %{useless: useless, idle: idle} = if useless?, do: state.deaths, else: State.no_deaths()
+    delay = min(@first_delay_ms * 2 ** min(useless, @max_doublings), @max_delay_ms)
+    idle = if useless? and not working?, do: idle + 1, else: 0
+    deaths = %{useless: if(useless?, do: useless + 1, else: 0), idle: idle}
+    status = if idle > state.options.max_retries, do: :failed, else: :restarting
+    {delay, set_timer(%{state | deaths: deaths, status: status}, delay, :open)}
   end
 
   # A peer writes why it does not start to standard error, which the bridge does not read: another process starts it
@@ -186,9 +194,14 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     state = %{state | restarts_waiting: [from | state.restarts_waiting]}
 
     cond do
-      state.next -> state
-      state.peer -> open(state)
-      true -> open(%{cancel_timer(state) | backoff: Backoff.new(), status: trying(state.status)})
+      state.next ->
+        state
+
+      state.peer ->
+        open(state)
+
+      true ->
+        open(%{cancel_timer(state) | deaths: State.no_deaths(), status: trying(state.status)})
     end
   end
 
@@ -201,7 +214,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     Status.log(state, peer, :warning, "does not react and is replaced")
     InFlight.notify(state.in_flight, :down)
     state = %{end_peer(%{state | peer: nil}, peer, :unresponsive, nil) | status: :restarting}
-    if state.next, do: state, else: open(%{state | backoff: Backoff.new()})
+    if state.next, do: state, else: open(%{state | deaths: State.no_deaths()})
   end
 
   # A peer that starts has its own timeout.

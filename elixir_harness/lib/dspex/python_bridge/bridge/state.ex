@@ -9,13 +9,13 @@ defmodule DSPex.PythonBridge.Bridge.State do
   #     could not be, by their stamps (`DSPex.PythonBridge.Bridge.DeclaredPrograms`)
 
   alias DSPex.PythonBridge.{Error, Options, Programs}
-  alias DSPex.PythonBridge.Bridge.{Backoff, DeclaredPrograms, LogForwarder, Peer}
+  alias DSPex.PythonBridge.Bridge.{DeclaredPrograms, LogForwarder, Peer}
   alias DSPex.PythonBridge.Calls.InFlight
 
   @enforce_keys [:options, :label, :reaper, :log_forwarder, :programs, :to_load, :in_flight]
   defstruct @enforce_keys ++
               [:peer, :next, :timer, :last_error, :loading] ++
-              [status: :starting, old: [], opened: 0, backoff: Backoff.new()] ++
+              [status: :starting, old: [], opened: 0, deaths: %{useless: 0, idle: 0}] ++
               [restarts_waiting: [], failed: %{}] ++
               [late_replies: 0, unreadable_frames: 0]
 
@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Bridge.State do
           status: :starting | :running | :restarting | :failed | :stopping,
           old: [Peer.t()],
           opened: non_neg_integer(),
-          backoff: Backoff.t(),
+          deaths: deaths(),
           restarts_waiting: [GenServer.from()],
           to_load: [Programs.Store.id()],
           loading: DeclaredPrograms.loading() | nil,
@@ -41,6 +41,13 @@ defmodule DSPex.PythonBridge.Bridge.State do
           late_replies: non_neg_integer(),
           unreadable_frames: non_neg_integer()
         }
+
+  @typedoc "How many peers in a row died that were of no use, and how many of them without work."
+  @type deaths :: %{useless: non_neg_integer(), idle: non_neg_integer()}
+
+  @doc "A peer was of use."
+  @spec no_deaths() :: deaths()
+  def no_deaths, do: %{useless: 0, idle: 0}
 
   @doc "All peers that have not ended."
   @spec peers(t()) :: [Peer.t()]

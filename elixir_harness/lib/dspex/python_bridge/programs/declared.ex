@@ -60,31 +60,29 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   defp not_a_list,
     do: {:error, "expected a list of maps, keyword lists and modules"}
 
+  # In their order, and the places of their ids.
   defp all(list) do
-    entries = for {entry, n} <- Enum.with_index(list, 1), do: {place(entry, n), one(entry)}
+    list
+    |> Enum.with_index(1)
+    |> Enum.reduce_while({[], %{}}, fn {entry, n}, {declared, places} ->
+      place = if is_atom(entry), do: "entry #{n} (#{inspect(entry)})", else: "entry #{n}"
 
-    case Enum.find_value(entries, fn {place, read} -> refusal(place, read) end) || twice(entries) do
-      nil -> {:ok, for({_place, {:ok, declared}} <- entries, do: declared)}
-      text -> {:error, text}
-    end
-  end
+      case one(entry) do
+        {:ok, {id, _args}} when is_map_key(places, id) ->
+          text = "#{shown(id)} is declared twice, by #{places[id]} and by #{place}"
+          {:halt, {:error, text}}
 
-  defp place(module, n) when is_atom(module), do: "entry #{n} (#{inspect(module)})"
-  defp place(_entry, n), do: "entry #{n}"
+        {:ok, {id, _args} = program} ->
+          {:cont, {[program | declared], Map.put(places, id, place)}}
 
-  defp refusal(_place, {:ok, _declared}), do: nil
-  defp refusal(place, {:error, text}), do: "#{place}: #{text}"
-
-  defp twice(entries) do
-    ids = for {place, {:ok, {id, _args}}} <- entries, do: {id, place}
-
-    Enum.find_value(Enum.group_by(ids, &elem(&1, 0), &elem(&1, 1)), fn
-      {id, [first, second | _more]} ->
-        "#{shown(id)} is declared twice, by #{first} and by #{second}"
-
-      _once ->
-        nil
+        {:error, text} ->
+          {:halt, {:error, "#{place}: #{text}"}}
+      end
     end)
+    |> case do
+      {:error, text} -> {:error, text}
+      {declared, _places} -> {:ok, Enum.reverse(declared)}
+    end
   end
 
   ## One entry

@@ -118,34 +118,4 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     # Four deaths count; of others the next to it may be blamed.
     assert length(String.split(log, "\n", trim: true)) in 4..12
   end
-
-  test "after the death of one of two peers the other runs the next call at once",
-       %{tmp_dir: dir} do
-    start(dir, pool_size: 2)
-    create("qa")
-    all_have("qa")
-
-    for n <- 0..3 do
-      %{os_pid: os_pid, bridge: bridge} = Enum.at(peers(), rem(n, 2))
-      kill(os_pid)
-      {ms, result} = timed(fn -> execute("qa", "still there?") end)
-      assert result == {:ok, %{"answer" => "echo: still there?"}}
-
-      if System.get_env("POOL_TIMES"),
-        do: IO.puts("execute after kill -9: #{Float.round(ms, 1)} ms")
-
-      eventually(fn -> up_again?(bridge, os_pid) end, 20_000)
-    end
-  end
-
-  test "with both of two peers dead, calls wait for the first that is back", %{tmp_dir: dir} do
-    start(dir, pool_size: 2)
-    create("qa")
-    all_have("qa")
-    for %{os_pid: os_pid} <- peers(), do: kill(os_pid)
-    results = for n <- 1..8, do: Task.async(fn -> execute("qa", "#{n}") end)
-
-    assert Task.await_many(results, 60_000) ==
-             for(n <- 1..8, do: {:ok, %{"answer" => "echo: #{n}"}})
-  end
 end
