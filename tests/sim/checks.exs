@@ -87,7 +87,7 @@ defmodule Sim.Checks do
     %{cluster: cluster} = state = World.fact({:coordinator_state, node})
     handle = Node.handle(node)
     processes = length(World.on(node)) - handle.settings.size - 2
-    busy = for index <- 1..handle.settings.size, do: Module.concat(World.here().prefix, Calls.LoadCounters).busy(handle.counters, index)
+    busy = for index <- 1..handle.settings.size, do: Module.concat(World.here().prefix, Pool.LoadCounters).busy(handle.counters, index)
 
     Enum.concat([
       unless_is(MapSet.size(cluster.members), length(Net.nodes()) - 1, "members"),

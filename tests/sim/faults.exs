@@ -1,7 +1,7 @@
 defmodule Sim.Faults do
   @moduledoc "What happens to nodes and connections, and its mending."
 
-  alias Sim.{Net, Node, Pg, World}
+  alias Sim.{Net, Node, World}
 
   @doc "Closes all connections between two groups of nodes."
   def split(left, right), do: for(a <- left, b <- right, do: Net.disconnect(a, b))
@@ -67,11 +67,6 @@ defmodule Sim.Faults do
   defp fault(:coordinator, _options) do
     node = Enum.random(Net.nodes())
     with pid when pid != nil <- Node.coordinator(node), false <- Net.frozen?(node), do: World.kill(pid, :killed)
-  end
-
-  defp fault(:scope, _options) do
-    node = Enum.random(Net.nodes())
-    if Node.up?(node) and not Net.frozen?(node), do: Pg.kill(node)
   end
 
   defp join_later(options) do

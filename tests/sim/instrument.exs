@@ -8,7 +8,7 @@ defmodule Sim.Instrument do
 
   @modules ~w(
     Pool.Caller Pool.Route Pool.Handle Pool.Coordinator Pool.Cluster
-    Programs.Store Programs.Declared Client.Caller OTP.Ask OTP.Deadline OTP.Registry OTP.ServerGuard Calls.LoadCounters
+    Programs.Store Programs.Declared Client.Caller OTP.Ask OTP.Deadline OTP.Registry OTP.ServerGuard Pool.LoadCounters
   )
 
   @replaced %{

@@ -111,7 +111,7 @@ defmodule Sim.Node do
 
   def handle(node), do: World.fact({:handle, node})
   def up?(node), do: handle(node) != nil and coordinator(node) != nil
-  def serves?(node), do: module("Calls.LoadCounters").any?(handle(node).counters)
+  def serves?(node), do: module("Pool.LoadCounters").any?(handle(node).counters)
 
   @doc "The definitions in a node's table, by id, with their stamps."
   def programs(node), do: for({id, stamp, body} <- module("Programs.Store").definitions(handle(node).programs), into: %{}, do: {id, {stamp, body}})

@@ -12,7 +12,7 @@ defmodule Sim.Peer do
   @change_ms 3
   @max_pending 2_000
 
-  defstruct [:handle, :index, :coordinator, :service_ms, up?: false, life: 0, programs: %{}, calls: %{}, changes: :queue.new(), busy?: false]
+  defstruct [:handle, :index, :coordinator, :service_ms, up?: false, life: 0, programs: %{}, calls: %{}, changes: :queue.new(), busy?: false, staying: %{}]
 
   def start(handle, index, name, coordinator, service_ms) do
     pid = Runtime.spawn(fn -> init(handle, index, coordinator, service_ms) end)
@@ -21,13 +21,14 @@ defmodule Sim.Peer do
   end
 
   defp init(handle, index, coordinator, service_ms) do
-    counters(:reset, [handle.counters, index])
+    counters(:put_state, [handle.counters, index, :down])
+    counters(:put_calls, [handle.counters, index, 0, false])
     loop(open(%__MODULE__{handle: handle, index: index, coordinator: coordinator, service_ms: service_ms}))
   end
 
   defp loop(peer) do
     receive do
-      message -> message |> arrived(peer) |> handle(peer) |> show_load() |> loop()
+      message -> message |> handle(peer) |> show_load() |> loop()
     after
       0 -> Runtime.wait(:infinity) && loop(peer)
     end
@@ -35,16 +36,9 @@ defmodule Sim.Peer do
 
   defp module(name), do: Module.concat(World.here().prefix, name)
   defp store(fun, args), do: apply(module("Programs.Store"), fun, args)
-  defp counters(fun, args), do: apply(module("Calls.LoadCounters"), fun, args)
+  defp counters(fun, args), do: apply(module("Pool.LoadCounters"), fun, args)
 
   ## The load, as a bridge shows it
-
-  defp arrived({:request, %Request{ticket: ticket}} = message, peer) when ticket != nil do
-    counters(:arrived, [peer.handle.counters, peer.index, ticket])
-    message
-  end
-
-  defp arrived(message, _peer), do: message
 
   defp show_load(peer) do
     counters(:put_calls, [peer.handle.counters, peer.index, map_size(peer.calls), false])
@@ -61,12 +55,15 @@ defmodule Sim.Peer do
   defp handle({:timeout, _timer, {:started, life}}, %{life: life} = peer) do
     programs = for {id, _stamp, body} <- store(:definitions, [peer.handle.programs]), into: %{}, do: {id, body}
     set(peer, :ready)
-    know(%{peer | programs: programs, up?: true})
+    peer = know(%{peer | programs: programs, up?: true})
+    Enum.reduce(peer.staying, peer, fn {_ref, request}, peer -> handle({:request, request}, peer) end)
   end
 
   defp handle(:die, %{up?: true} = peer) do
     set(peer, :down)
-    for {ref, _watch} <- peer.calls, do: finish(peer, ref, {:error, {:died, :sent}})
+    for {ref, watch} <- peer.calls,
+        do: if(peer.staying[ref], do: Runtime.demonitor(watch), else: finish(peer, ref, {:error, {:died, :sent}}))
+
     for %Request{ref: ref} <- :queue.to_list(peer.changes), do: Runtime.send(ref, {ref, {:error, {:died, :sent}}})
     open(know(%{peer | up?: false, life: peer.life + 1, programs: %{}, calls: %{}, changes: :queue.new(), busy?: false}))
   end
@@ -75,6 +72,11 @@ defmodule Sim.Peer do
 
   ## Requests
 
+  # Its caller leaves it to the bridge, which is not made to count deaths here.
+  defp handle({:request, %Request{resend: :bridge} = request}, peer) when not is_map_key(peer.staying, request.ref),
+    do: handle({:request, request}, %{peer | staying: Map.put(peer.staying, request.ref, request)})
+
+  defp handle({:request, %Request{resend: :bridge}}, %{up?: false} = peer), do: peer
   defp handle({:request, request}, %{up?: false} = peer), do: refuse(peer, request, {:died, :unsent})
 
   defp handle({:request, %Request{change: nil} = request}, peer) do
@@ -93,23 +95,25 @@ defmodule Sim.Peer do
     change_next(know(%{peer | changes: :queue.in(request, peer.changes)}))
   end
 
-  # They are made in the order in which they come.
-  defp handle({:changed, change, body}, %{up?: true} = peer),
-    do: change_next(know(%{peer | changes: :queue.in({:changed, change, body}, peer.changes)}))
+  # They are made in the order in which they come: what the table has now.
+  defp handle({:changed, ids}, %{up?: true} = peer) do
+    programs = for {id, _stamp, body} <- store(:definitions, [peer.handle.programs]), into: %{}, do: {id, body}
+    told = if ids == :all, do: {:told, programs}, else: {:told, ids, Map.take(programs, ids)}
+    change_next(know(%{peer | changes: :queue.in(told, peer.changes)}))
+  end
 
-  defp handle({:changed, _change, _body}, peer), do: peer
+  defp handle({:changed, _ids}, peer), do: peer
 
   defp handle({:timeout, _timer, {:run, life, ref, body}}, %{life: life} = peer) when is_map_key(peer.calls, ref) do
     {:ok, %{"args" => %{"program_id" => id}}} = JSON.decode("{" <> binary_part(body, 1, byte_size(body) - 1))
     finish(peer, ref, {:frame, run(peer.programs[id], id)})
-    %{peer | calls: Map.delete(peer.calls, ref)}
+    %{peer | calls: Map.delete(peer.calls, ref), staying: Map.delete(peer.staying, ref)}
   end
 
   defp handle({:timeout, _timer, {:change, life}}, %{life: life} = peer) do
     {{:value, request}, changes} = :queue.out(peer.changes)
-    {change, body} = change_of(request)
-    made? = match?({:changed, _, _}, request) or made?(request, peer.index)
-    programs = if made?, do: change(peer.programs, change, body), else: peer.programs
+    made? = made?(request, peer.index)
+    programs = if made?, do: change(peer.programs, request), else: peer.programs
     with %Request{} <- request, do: answer(peer, request, made?)
     change_next(know(%{peer | changes: changes, programs: programs, busy?: false}))
   end
@@ -124,10 +128,10 @@ defmodule Sim.Peer do
 
   defp drop(peer, ref) when is_map_key(peer.calls, ref) do
     finish(peer, ref, {:error, :timeout})
-    %{peer | calls: Map.delete(peer.calls, ref)}
+    %{peer | calls: Map.delete(peer.calls, ref), staying: Map.delete(peer.staying, ref)}
   end
 
-  defp drop(peer, _ref), do: peer
+  defp drop(peer, ref), do: %{peer | staying: Map.delete(peer.staying, ref)}
 
   defp refuse(peer, request, why) do
     Runtime.send(request.ref, {request.ref, {:error, why}})
@@ -147,20 +151,19 @@ defmodule Sim.Peer do
   defp change_next(%{up?: true, busy?: false} = peer) do
     case :queue.peek(peer.changes) do
       :empty -> peer
-      {:value, {:changed, _, _}} -> later(0, {:change, peer.life}) && %{peer | busy?: true}
-      {:value, _request} -> later(@change_ms, {:change, peer.life}) && %{peer | busy?: true}
+      {:value, %Request{}} -> later(@change_ms, {:change, peer.life}) && %{peer | busy?: true}
+      {:value, _told} -> later(0, {:change, peer.life}) && %{peer | busy?: true}
     end
   end
 
   defp change_next(peer), do: peer
 
-  defp change_of({:changed, change, body}), do: {change, body}
-  defp change_of(%Request{change: change, body: body}), do: {change, body}
-
-  # As a bridge: into the table, to the coordinator, to the caller.
+  # As a bridge: into the table, to all bridges and the coordinator, to the caller.
   defp answer(peer, request, true) do
     store(:apply_change, [peer.handle.programs, request.change, request.body])
-    report(peer, {:changed, peer.index, request.change, request.body})
+    {_kind, ids, _stamp} = request.change
+    apply(module("Pool.Handle"), :tell_bridges, [peer.handle, ids])
+    report(peer, {:changed, request.change, request.body})
     reply(request, ~s({"id": 1, "success": true, "result": {}}))
   end
 
@@ -172,9 +175,11 @@ defmodule Sim.Peer do
   defp made?(%Request{change: {:create, _, _}, body: body}, index), do: not (index == 1 and String.contains?(body, "refused on #{Runtime.node()}"))
   defp made?(_request, _index), do: true
 
-  defp change(programs, {:create, id, _stamp}, body), do: Map.put(programs, id, body)
-  defp change(_programs, {:cleanup, :all, _stamp}, _body), do: %{}
-  defp change(programs, {:cleanup, ids, _stamp}, _body), do: Map.drop(programs, ids)
+  defp change(programs, %Request{change: {:create, id, _stamp}, body: body}), do: Map.put(programs, id, body)
+  defp change(_programs, %Request{change: {:cleanup, :all, _stamp}}), do: %{}
+  defp change(programs, %Request{change: {:cleanup, ids, _stamp}}), do: Map.drop(programs, ids)
+  defp change(_programs, {:told, all}), do: all
+  defp change(programs, {:told, ids, now}), do: programs |> Map.drop(ids) |> Map.merge(now)
 
   defp know(peer) do
     World.note({:peer, Runtime.node(), peer.index}, peer.programs)

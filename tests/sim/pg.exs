@@ -52,14 +52,6 @@ defmodule Sim.Pg do
     end
   end
 
-  @doc "The process of the scope is killed: its groups are empty, there and for the others."
-  def kill(node) do
-    %{watched_by: watched_by, remote: remote} = scope(node)
-    save(node, nil)
-    for {ref, pid, tag} <- watched_by, do: Runtime.deliver(node, pid, {tag, ref, :process, :scope, :killed})
-    for other <- Map.keys(remote), do: tell(node, other, {:scope_down, node})
-  end
-
   def nodeup(node, other), do: if(scope(node), do: tell(node, other, {:discover, node}))
 
   def nodedown(node, other) do
@@ -101,7 +93,6 @@ defmodule Sim.Pg do
     end
   end
 
-  defp take(node, {:scope_down, other}), do: nodedown(node, other)
 
   defp update(node, fun), do: save(node, fun.(scope(node)))
   defp tell(node, other, message), do: Net.transmit(node, other, :pg, :erlang.external_size(message), {:pg, other, message})

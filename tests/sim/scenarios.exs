@@ -4,7 +4,7 @@ defmodule Sim.Scenarios do
   alias Sim.{Checks, Faults, Load, Net, Node, World}
 
   @calls %{peers: 3, service_ms: {5, 500}}
-  @kinds [:peer, :peer, :peers, :link, :silence, :split, :hang, :replace, :coordinator, :scope]
+  @kinds [:peer, :peer, :peers, :link, :silence, :split, :hang, :replace, :coordinator]
 
   @doc "Runs a scenario: `run(:faults, nodes: 12, seed: 1)`. A map of figures, with `wrong`: what the checks have found."
   def run(name, options) do

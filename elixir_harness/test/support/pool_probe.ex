@@ -2,7 +2,7 @@ defmodule DSPex.Test.PoolProbe do
   @moduledoc "Looks into a pool, on the node where it runs."
 
   alias DSPex.PythonBridge.{Bridge, Pool, Programs}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Pool.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
 
   @doc "The coordinators of other nodes that calls may be sent to."

@@ -20,11 +20,21 @@ defmodule DSPex.PythonBridge.Options do
   # The limit of {:packet, 4}.
   @max_frame_bytes 2_147_483_647
   @secret [:lm, :lm_options, :env, :programs]
-  # For the other modules here. slot: only in a pool. transport: starts a process, linked to the caller, in the place of
-  # a port. store: the table of the bridge's supervisor, if it has one; the declared programs are in it.
-  @internal [:slot, :transport, :store]
+  # For the other modules here. observer: a module and a term, see `DSPex.PythonBridge.Calls.InFlight`. transport: starts a
+  # process, linked to the caller, in the place of a port. store: the table of the bridge's supervisor, if it has one; the
+  # declared programs are in it.
+  @internal [:observer, :transport, :store]
 
-  defstruct [:name, :python_executable, :script_path, :env, :programs, :slot, :transport, :store] ++
+  defstruct [
+              :name,
+              :python_executable,
+              :script_path,
+              :env,
+              :programs,
+              :observer,
+              :transport,
+              :store
+            ] ++
               [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
               [max_pending: 100_000, start_timeout: 30_000, drain_ms: 5_000]
 
@@ -40,7 +50,7 @@ defmodule DSPex.PythonBridge.Options do
           start_timeout: pos_integer(),
           drain_ms: non_neg_integer(),
           programs: (-> [{id :: String.t(), arguments :: %{String.t() => term()}}]) | nil,
-          slot: tuple() | nil,
+          observer: {module(), term()} | nil,
           transport: (-> pid()) | nil,
           store: :ets.tid() | nil
         }
@@ -152,7 +162,7 @@ defmodule DSPex.PythonBridge.Options do
       max_pending: :positive,
       start_timeout: :ms,
       programs: {&Programs.Declared.new/1, []},
-      slot: :any,
+      observer: :any,
       transport: :any,
       store: :any
     ]

@@ -21,10 +21,9 @@ defmodule DSPex.PythonBridge.Pool do
   """
 
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.OTP.Parallel
-  alias DSPex.PythonBridge.Pool.{Caller, Cluster, Handle}
+  alias DSPex.PythonBridge.Pool.{Caller, Cluster, Handle, LoadCounters}
   alias DSPex.PythonBridge.Telemetry.CallSpan
 
   @typedoc "The name of a pool, or its pid."
@@ -249,7 +248,7 @@ defmodule DSPex.PythonBridge.Pool do
     with %Handle{counters: counters} = handle <- Handle.fetch(pool),
          index when index != nil <- LoadCounters.pick(counters) do
       # It counts as busier from now on, so that many that ask at once do not all get the same.
-      LoadCounters.ticket(counters, index)
+      LoadCounters.sending(counters, index)
       {:ok, Handle.bridge(handle, index)}
     else
       nil -> {:error, if(Handle.fetch(pool), do: :pool_exhausted, else: :bridge_not_running)}

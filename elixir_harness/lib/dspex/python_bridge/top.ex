@@ -12,7 +12,7 @@ defmodule DSPex.PythonBridge.Top do
   """
 
   alias DSPex.PythonBridge.{Bridge, Evaluate}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Pool.LoadCounters
   alias DSPex.PythonBridge.Client.Caller
   alias DSPex.PythonBridge.OTP.Registry
   alias DSPex.PythonBridge.Pool.Handle

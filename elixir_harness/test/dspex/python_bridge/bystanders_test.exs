@@ -8,8 +8,7 @@ defmodule DSPex.PythonBridge.BystandersTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
-  alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
+  alias DSPex.PythonBridge.{Bridge, Monitor}
 
   @moduletag :tmp_dir
   @moduletag timeout: 180_000
@@ -117,11 +116,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
     end
 
     @tag :slow
-    test "twice with 20 calls of 6 s", %{tmp_dir: dir} do
-      killed(dir, 2, 20, [])
-    end
-
-    @tag :slow
     # Past 256, calls are not held, but wait for a slot of the peer.
     test "three times with 250 calls of 6 s", %{tmp_dir: dir} do
       killed(dir, 3, 250, [])
@@ -154,11 +148,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
     test "each time, beside 20 calls of 3 s on their last retry", %{tmp_dir: dir} do
       deadly(dir, 20, 3, max_retries: 1)
     end
-
-    @tag :slow
-    test "each time, beside 100 calls of 6 s", %{tmp_dir: dir} do
-      deadly(dir, 100, 6, [])
-    end
   end
 
   describe "programs" do
@@ -175,14 +164,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
       assert asked(bridge, run) > 0
       assert noted(dir, "spoilt") == 2
     end
-
-    test "one that was declared is wrong" do
-      wrong = %{id: "wrong", signature: "->"}
-      good = %{id: "good", signature: "question -> answer"}
-      bridge = start_up(real_opts(programs: [wrong, good]))
-      assert {:error, _text} = execute(bridge, "wrong", "?")
-      assert_quick(fn -> execute(bridge, "good", "?") end)
-    end
   end
 
   describe "Python does not die, but" do
@@ -194,13 +175,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
       bridge
     end
 
-    test "stops" do
-      bridge = monitored(fake_opts("echo"))
-      gone = os_pid(bridge)
-      signal("STOP", gone)
-      assert_served(bridge, gone, fn -> Bridge.call(bridge, :echo, %{}, 20_000) end)
-    end
-
     test "stops with 256 calls in flight", %{tmp_dir: dir} do
       bridge = monitored(fake_opts("holds", env: %{"FAKE_FILE" => Path.join(dir, "go")}))
       for _ <- 1..256, do: Bridge.cast(bridge, :hold, %{})
@@ -208,40 +182,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
       gone = os_pid(bridge)
       signal("STOP", gone)
       assert_served(bridge, gone, fn -> Bridge.call(bridge, :ping, %{}, 20_000) end)
-    end
-
-    test "sends frames that are not replies, or cut ones" do
-      bridge = start_up(fake_opts("garbage"))
-      Bridge.cast(bridge, :broken, %{})
-      assert_quick(fn -> Bridge.call(bridge, :echo) end)
-    end
-
-    test "replies twice" do
-      bridge = start_up(fake_opts("twice"))
-      for _ <- 1..3, do: assert_quick(fn -> Bridge.call(bridge, :echo) end)
-    end
-
-    @tag :slow
-    test "is restarted with slow calls in flight", %{tmp_dir: dir} do
-      bridge = start_up(host_opts(dir, []))
-      create(bridge, "slow", "host:Slow")
-      create(bridge, "qa", "predict")
-      slow = in_flight(bridge, dir, 20, 2)
-      gone = os_pid(bridge)
-      restart = Task.async(fn -> Bridge.restart(bridge) end)
-      assert_served(bridge, gone, fn -> execute(bridge, "qa", "?") end)
-      assert Task.await(restart) == :ok
-      for answer <- Task.await_many(slow, 30_000), do: assert({:ok, _} = answer)
-    end
-
-    test "did not start before" do
-      file = Path.join(System.tmp_dir!(), "bystanders-#{System.unique_integer([:positive])}")
-      on_exit(fn -> File.rm(file) end)
-      opts = fake_opts("needs_a_file", env: %{"FAKE_FILE" => file}, max_retries: 100)
-      bridge = start_supervised!({Bridge, opts})
-      eventually(fn -> Bridge.get_status(bridge).restarts > 1 end, 20_000)
-      File.write!(file, "")
-      assert_served(bridge, nil, fn -> Bridge.call(bridge, :ping, %{}, 30_000) end)
     end
   end
 
@@ -256,76 +196,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
       assert_quick(fn -> execute(bridge, "qa", "?") end)
       for task <- late, do: assert(Task.await(task) == {:error, :timeout})
       assert_quick(fn -> execute(bridge, "qa", "?") end)
-    end
-  end
-
-  test "the process of the bridge is killed, with slow calls in flight", %{tmp_dir: dir} do
-    name = Module.concat(__MODULE__, "Crashes")
-    opts = [name: nil, bridge: Keyword.put(host_opts(dir, []), :name, name), monitor: [name: nil]]
-    bridge = up({BridgeSupervisor, opts}, fn _pid -> name end)
-    create(bridge, "slow", "host:Slow")
-    create(bridge, "qa", "predict")
-    slow = in_flight(bridge, dir, 20, 6)
-    gone = os_pid(bridge)
-    Process.exit(Process.whereis(bridge), :kill)
-    for task <- slow, do: assert(Task.await(task) == {:error, :bridge_not_running})
-    eventually(fn -> Process.whereis(bridge) end)
-    assert_served(bridge, gone, fn -> execute(bridge, "qa", "?") end)
-  end
-
-  describe "in a pool" do
-    @pool Module.concat(__MODULE__, Pool)
-
-    setup %{tmp_dir: dir} do
-      opts = [name: @pool, pool_size: 2] ++ Keyword.delete(host_opts(dir, []), :name)
-      start_supervised!({Pool, opts})
-      running = fn -> Enum.all?(Pool.status(@pool).peers, &(&1.state == :running)) end
-      eventually(running, 30_000)
-
-      for {id, type} <- [{"slow", "host:Slow"}, {"qa", "predict"}] do
-        args = %{id: id, signature: "question -> answer", program_type: type}
-        {:ok, _} = Pool.call(@pool, :create_program, args, 30_000)
-      end
-
-      :ok
-    end
-
-    defp ask, do: pool_execute("qa", "?")
-
-    defp pool_execute(id, question),
-      do: Pool.call(@pool, :execute_program, %{program_id: id, inputs: %{question: question}})
-
-    defp peers, do: Pool.status(@pool).peers
-
-    @tag :slow
-    test "a peer is killed, then the other, with slow calls in flight", %{tmp_dir: dir} do
-      slow = for _ <- 1..20, do: Task.async(fn -> pool_execute("slow", "4") end)
-      eventually(fn -> noted(dir, "slow") == 20 end, 20_000)
-
-      for n <- 0..1 do
-        gone = Enum.at(peers(), n).os_pid
-        kill(gone)
-        assert_quick(&ask/0)
-        # Of the two one always serves.
-        eventually(
-          fn -> match?(%{state: :running, os_pid: pid} when pid != gone, Enum.at(peers(), n)) end,
-          90_000
-        )
-
-        args = %{id: "probe", signature: "question -> answer"}
-        {:ok, _} = Bridge.call(Enum.at(peers(), n).bridge, :create_program, args, 60_000)
-      end
-
-      assert_quick(&ask/0)
-      for answer <- Task.await_many(slow, 60_000), do: assert({:ok, _} = answer)
-    end
-
-    test "the coordinator is killed" do
-      for {DSPex.PythonBridge.Pool.Coordinator, pid, _, _} <-
-            Supervisor.which_children(Process.whereis(@pool)),
-          do: Process.exit(pid, :kill)
-
-      assert_quick(&ask/0)
     end
   end
 end

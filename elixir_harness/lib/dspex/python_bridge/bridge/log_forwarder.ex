@@ -1,151 +1,95 @@
 defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   @moduledoc false
-  # The process that logs the records of a bridge's peers with Logger. If it is killed, the bridge starts another
-  # (`replace/1`).
+  # The process that logs the records of a bridge's peers with Logger.
   #
   # Records come as frames (`DSPY_BRIDGE_LOG_FRAMES`). Decoding takes time, and an overloaded Logger blocks any process that
-  # logs, so the bridge only counts a frame and sends it here. Past a limit it drops frames, and the number of dropped
-  # ones is logged.
+  # logs, so the bridge only sends a frame here. While too many wait it drops frames, and the number of dropped ones is
+  # logged.
 
   # A GenServer waits in OTP's code: a loop of its own would be killed when this module is loaded a second time.
   use GenServer
-  use DSPex.PythonBridge.OTP.ServerGuard
 
   require Logger
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
 
-  # The number that the peer keeps when nobody reads its standard error.
-  @max_waiting 1_000
-  @max_waiting_bytes 8_000_000
   # Of one message; a traceback has a few thousand.
   @max_bytes 65_536
-  # A frame of this size is collected at once.
-  @big_bytes 1_000_000
-  # Between two reports of dropped records.
-  @report_ms 1_000
+  # The number that the peer keeps when nobody reads its standard error.
+  @most_waiting 1_000
+  # With frames of more bytes.
+  @most_large 10
 
-  # Indexes of the counters.
-  @records 1
-  @bytes 2
-  @dropped 3
+  @enforce_keys [:pid, :bridge]
+  defstruct [:pid, :bridge, dropped: 0]
 
-  @enforce_keys [:pid, :monitor, :counters, :bridge]
-  defstruct @enforce_keys
-
-  @type t :: %__MODULE__{
-          pid: pid(),
-          monitor: reference(),
-          counters: :atomics.atomics_ref(),
-          bridge: bridge()
-        }
+  @type t :: %__MODULE__{pid: pid(), bridge: bridge(), dropped: non_neg_integer()}
   @typedoc "The bridge's name, or its pid if it has none."
   @type bridge :: GenServer.name() | pid()
 
   @doc "Starts it for the calling process, a bridge. It ends after the bridge, when all is logged."
   @spec start(bridge()) :: t()
   def start(bridge) do
-    counters = :atomics.new(3, [])
-    {:ok, pid} = GenServer.start(__MODULE__, {bridge, self(), counters})
-    monitor = Process.monitor(pid)
-    %__MODULE__{pid: pid, monitor: monitor, counters: counters, bridge: bridge}
-  end
-
-  @doc "Starts another after one has ended; what that one had not logged counts as dropped."
-  @spec replace(t()) :: t()
-  def replace(%__MODULE__{counters: counters, bridge: bridge}) do
-    log = start(bridge)
-    lost = :atomics.get(counters, @records) + :atomics.get(counters, @dropped)
-    :atomics.add(log.counters, @dropped, lost)
-    if lost > 0, do: send(log.pid, :report)
-    log
+    {:ok, pid} = GenServer.start(__MODULE__, {bridge, self()})
+    %__MODULE__{pid: pid, bridge: bridge}
   end
 
   @doc "Forwards a frame of the peer with this OS pid. It never blocks."
-  @spec take(t(), binary(), pos_integer() | nil) :: :ok
-  def take(%__MODULE__{pid: pid, counters: counters}, frame, os_pid) do
-    size = byte_size(frame)
+  @spec take(t(), binary(), pos_integer() | nil) :: t()
+  def take(%__MODULE__{pid: pid, dropped: dropped} = log, frame, os_pid) do
+    most = if byte_size(frame) > @max_bytes, do: @most_large, else: @most_waiting
 
-    if room?(:atomics.get(counters, @records), :atomics.get(counters, @bytes), size) do
-      :atomics.add(counters, @records, 1)
-      :atomics.add(counters, @bytes, size)
-      send(pid, {:record, os_pid, frame})
-    else
-      :atomics.add(counters, @dropped, 1)
+    case Process.info(pid, :message_queue_len) do
+      {_length, waiting} when waiting < most ->
+        send(pid, {:record, os_pid, frame, dropped})
+        %{log | dropped: 0}
+
+      {_length, _many} ->
+        %{log | dropped: dropped + 1}
+
+      nil ->
+        take(%{start(log.bridge) | dropped: dropped}, frame, os_pid)
     end
+  end
 
+  @doc "The bridge ends: what was dropped last is logged, too."
+  @spec finish(t()) :: :ok
+  def finish(%__MODULE__{pid: pid, dropped: dropped}) do
+    send(pid, {:dropped, dropped})
     :ok
   end
 
-  # A single record may be as large as a frame.
-  defp room?(0, _bytes, _size), do: true
-
-  defp room?(records, bytes, size),
-    do: records < @max_waiting and bytes + size <= @max_waiting_bytes
-
   ## The process
 
-  # Records that are dropped while others wait are reported after the last of those.
   @impl GenServer
-  def init({bridge, owner, counters}) do
+  def init({bridge, owner}) do
     Process.set_label({__MODULE__, bridge})
-    state = %{bridge: bridge, owner: Process.monitor(owner), counters: counters}
-    {:ok, Map.put(state, :reported, Deadline.now() - @report_ms)}
+    {:ok, %{bridge: bridge, owner: Process.monitor(owner)}}
   end
 
   @impl GenServer
-  def handle_info({:record, os_pid, frame}, %{counters: counters} = state)
-      when is_binary(frame) do
-    size = byte_size(frame)
-    log(Protocol.decode_log(frame), state.bridge, os_pid, counters)
-    :atomics.sub(counters, @bytes, size)
-    :atomics.sub(counters, @records, 1)
-    if size >= @big_bytes, do: {:noreply, state, {:continue, :collect}}, else: noreply(state)
+  def handle_info({:record, os_pid, frame, dropped}, state) do
+    report(state.bridge, dropped)
+
+    case Protocol.decode_log(frame) do
+      {:ok, level, message, metadata} ->
+        Logger.log(level, cut(message), [bridge: state.bridge, os_pid: os_pid] ++ metadata)
+
+      {:error, _reason} ->
+        report(state.bridge, 1)
+    end
+
+    if byte_size(frame) > @max_bytes, do: {:noreply, state, :hibernate}, else: {:noreply, state}
+  end
+
+  def handle_info({:dropped, dropped}, state) do
+    report(state.bridge, dropped)
+    {:noreply, state}
   end
 
   # After all that the bridge has sent.
-  def handle_info({:DOWN, owner, :process, _pid, _reason}, %{owner: owner} = state) do
-    report(state.bridge, state.counters)
-    {:stop, :normal, state}
-  end
-
-  def handle_info(what, state) when what in [:timeout, :report], do: noreply(state)
-
-  def handle_info(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    noreply(state)
-  end
-
-  # A callback of its own, in which the frame is garbage already.
-  @impl GenServer
-  def handle_continue(:collect, state) do
-    :erlang.garbage_collect()
-    noreply(state)
-  end
-
-  defp noreply(%{counters: counters} = state) do
-    case patience(counters, state.reported) do
-      0 ->
-        report(state.bridge, counters)
-        {:noreply, %{state | reported: Deadline.now()}}
-
-      patience ->
-        {:noreply, state, patience}
-    end
-  end
-
-  defp patience(counters, reported) do
-    if :atomics.get(counters, @dropped) == 0,
-      do: :infinity,
-      else: max(reported + @report_ms - Deadline.now(), 0)
-  end
-
-  defp log({:ok, level, message, metadata}, bridge, os_pid, _counters),
-    do: Logger.log(level, cut(message), [bridge: bridge, os_pid: os_pid] ++ metadata)
-
-  defp log({:error, _reason}, _bridge, _os_pid, counters),
-    do: :atomics.add(counters, @dropped, 1)
+  def handle_info({:DOWN, owner, :process, _pid, _reason}, %{owner: owner} = state),
+    do: {:stop, :normal, state}
 
   # A copy: a part would keep the whole message alive as long as a handler keeps it.
   defp cut(message) when byte_size(message) <= @max_bytes, do: message
@@ -156,14 +100,10 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
     "#{part} … (cut: #{byte_size(message)} bytes)"
   end
 
-  defp report(bridge, counters) do
-    case :atomics.exchange(counters, @dropped, 0) do
-      0 ->
-        :ok
+  defp report(_bridge, 0), do: :ok
 
-      dropped ->
-        text = "log records of the Python process dropped: #{dropped}, too many or unreadable"
-        Logger.warning("bridge #{inspect(bridge)}: #{text}", bridge: bridge)
-    end
+  defp report(bridge, dropped) do
+    text = "log records of the Python process dropped: #{dropped}, too many or unreadable"
+    Logger.warning("bridge #{inspect(bridge)}: #{text}", bridge: bridge)
   end
 end

@@ -5,18 +5,23 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   # A peer that starts is `next`. When it has answered the bridge's own ping it becomes `peer` and serves. The
   # definitions of all programs are sent to it before the calls; it loads a program with the first run that needs it.
   #
-  # When the `peer` dies, a `next` is started, after a delay that grows while no peer is of any use
-  # (`DSPex.PythonBridge.Bridge.Backoff`). The bridge never gives up. While none starts,
+  # When the `peer` dies, a `next` is started: after 50 ms, and twice as long, up to 5 s, after each further one that was of
+  # no use. The bridge never gives up. While none starts,
   # calls wait within their own timeouts, and after `max_retries` further attempts fail at once.
   #
   # A restart starts a `next` while the `peer` goes on serving. When the new one takes over, the other is `old`: it
   # finishes its calls, and is ended.
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.Bridge.{Backoff, DeclaredPrograms, Peer, StartDiagnosis, State, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters}
+  alias DSPex.PythonBridge.Bridge.{DeclaredPrograms, Peer, StartDiagnosis, State, Status}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.ServerGuard
+
+  @first_delay_ms 50
+  @max_delay_ms 5_000
+  # The first delay doubled seven times is past the maximum.
+  @max_doublings 7
 
   ## Start
 
@@ -27,7 +32,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       {:ok, peer} ->
         Reaper.watch(state.reaper, peer.os_pid)
         {:ok, ping} = Protocol.encode_body(:ping, %{})
-        in_flight = Handover.attach(state.in_flight, peer.port)
+        in_flight = Dispatcher.attach(state.in_flight, peer.port)
         {ping_id, in_flight} = Dispatcher.own_request(in_flight, peer.port, ping)
         next = %{peer | ping_id: ping_id}
         state = %{state | next: next, in_flight: in_flight, opened: state.opened + 1}
@@ -56,9 +61,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
-    if state.big?, do: send(self(), :collect)
-    state = %{state | in_flight: Handover.serve(state.in_flight, next.port)}
-    put_slot(state, :ready)
+    state = %{state | in_flight: Dispatcher.serve(state.in_flight, next.port)}
+    InFlight.notify(state.in_flight, :ready)
     state = answer_restarts(if(before, do: drain(state, before), else: state), :ok)
     DeclaredPrograms.load(state)
   end
@@ -72,7 +76,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
     # First, so that callers who get the error do not choose this peer again.
-    put_slot(state, :down)
+    InFlight.notify(state.in_flight, :down)
     working? = state.loading != nil or Dispatcher.busy?(state.in_flight, peer.port)
     state = %{end_peer(%{state | peer: nil}, peer, :died, why) | last_error: why}
 
@@ -107,7 +111,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     how = if reason in [:replaced, :stopped], do: :replaced, else: :died
     {loading?, state} = DeclaredPrograms.lost(state, peer.port, how)
     how = if how == :died and loading?, do: :spared, else: how
-    state = %{state | in_flight: Handover.lost(before, peer.port, how)}
+    state = %{state | in_flight: Dispatcher.lost(before, peer.port, how)}
     Status.down(state, peer, reason, why)
     Status.resent(state, state.in_flight.resent - before.resent, reason)
     state
@@ -137,17 +141,20 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   # Calls do not wait for a Python that does not start. Those of a pool know other bridges.
   defp refuse_calls(%{status: :failed, last_error: reason} = state) do
-    put_slot(state, {:failed, reason})
+    InFlight.notify(state.in_flight, {:failed, reason})
     %{state | in_flight: InFlight.fail_all(state.in_flight, {:not_started, reason}, :held)}
   end
 
   defp refuse_calls(state), do: state
 
-  defp try_again(state, early?, working?) do
-    {delay, backoff} = Backoff.died(state.backoff, early?, working?)
-    hopeless? = Backoff.hopeless?(backoff, state.options.max_retries)
-    status = if hopeless?, do: :failed, else: :restarting
-    {delay, set_timer(%{state | backoff: backoff, status: status}, delay, :open)}
+  # `useless?`: whether the peer had been of no use; `working?`: whether it had work, which may have killed it.
+  defp try_again(state, useless?, working?) do
+    %{useless: useless, idle: idle} = if useless?, do: state.deaths, else: State.no_deaths()
+    delay = min(@first_delay_ms * 2 ** min(useless, @max_doublings), @max_delay_ms)
+    idle = if useless? and not working?, do: idle + 1, else: 0
+    deaths = %{useless: if(useless?, do: useless + 1, else: 0), idle: idle}
+    status = if idle > state.options.max_retries, do: :failed, else: :restarting
+    {delay, set_timer(%{state | deaths: deaths, status: status}, delay, :open)}
   end
 
   # A peer writes why it does not start to standard error, which the bridge does not read: another process starts it
@@ -187,9 +194,14 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     state = %{state | restarts_waiting: [from | state.restarts_waiting]}
 
     cond do
-      state.next -> state
-      state.peer -> open(state)
-      true -> open(%{cancel_timer(state) | backoff: Backoff.new(), status: trying(state.status)})
+      state.next ->
+        state
+
+      state.peer ->
+        open(state)
+
+      true ->
+        open(%{cancel_timer(state) | deaths: State.no_deaths(), status: trying(state.status)})
     end
   end
 
@@ -200,9 +212,9 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   @spec replace(State.t()) :: State.t()
   def replace(%{peer: %Peer{} = peer} = state) do
     Status.log(state, peer, :warning, "does not react and is replaced")
-    put_slot(state, :down)
+    InFlight.notify(state.in_flight, :down)
     state = %{end_peer(%{state | peer: nil}, peer, :unresponsive, nil) | status: :restarting}
-    if state.next, do: state, else: open(%{state | backoff: Backoff.new()})
+    if state.next, do: state, else: open(%{state | deaths: State.no_deaths()})
   end
 
   # A peer that starts has its own timeout.
@@ -233,7 +245,11 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       Reaper.retire(state.reaper, peer.os_pid)
       Status.down(state, peer, :replaced)
       {_loading?, state} = DeclaredPrograms.lost(forget_old(state, peer), port, :replaced)
-      DeclaredPrograms.load(%{state | in_flight: Handover.lost(state.in_flight, port, :replaced)})
+
+      DeclaredPrograms.load(%{
+        state
+        | in_flight: Dispatcher.lost(state.in_flight, port, :replaced)
+      })
     end
   end
 
@@ -267,16 +283,5 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   defp cancel_timer(%{timer: timer} = state) do
     :erlang.cancel_timer(timer, async: true, info: false)
     %{state | timer: nil}
-  end
-
-  defp put_slot(%{options: %{slot: nil}}, _slot_state), do: :ok
-
-  defp put_slot(%{options: %{slot: {counters, index, coordinator, _monitor}}}, slot_state) do
-    LoadCounters.put_state(counters, index, if(slot_state == :ready, do: :ready, else: :down))
-
-    with pid when is_pid(pid) <- Process.whereis(coordinator),
-         do: send(pid, {:slot, index, slot_state})
-
-    :ok
   end
 end

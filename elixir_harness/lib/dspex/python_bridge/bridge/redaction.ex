@@ -1,10 +1,7 @@
 defmodule DSPex.PythonBridge.Bridge.Redaction do
   @moduledoc false
-  # Removes secrets and contents from what crash reports, `:sys.get_status/1` and error messages show of a bridge and of
-  # what is above it.
-  # (Secrets among the options are sealed in the state: see `DSPex.PythonBridge.Options`.)
+  # Removes keys from texts of the peer. (Secrets among the options are sealed: see `DSPex.PythonBridge.Options`.)
 
-  alias DSPex.PythonBridge.Bridge.State
   alias DSPex.PythonBridge.Options
 
   # Shorter strings are not keys, and may be common words.
@@ -37,47 +34,4 @@ defmodule DSPex.PythonBridge.Bridge.Redaction do
   defp leaves(%{} = options), do: options |> Map.values() |> leaves()
   defp leaves(list) when is_list(list), do: Enum.flat_map(list, &leaves/1)
   defp leaves(_other), do: []
-
-  @doc "For `c:GenServer.format_status/1`. What it does not know is not shown."
-  @spec format_status(map()) :: map()
-  def format_status(status) do
-    Map.new(status, fn
-      {:state, %State{} = state} ->
-        {:state, %{state | in_flight: :redacted, loading: :redacted, failed: :redacted}}
-
-      {:state, _broken} ->
-        {:state, :redacted}
-
-      {:message, message} ->
-        {:message, message(message)}
-
-      {:log, log} when is_list(log) ->
-        {:log, Enum.map(log, &log_event/1)}
-
-      # The reason has no contents: see DSPex.PythonBridge.OTP.ServerGuard.
-      other ->
-        other
-    end)
-  end
-
-  defp message({:request, %{ref: ref, pid: pid, timeout: timeout}}),
-    do: {:request, plain(ref), plain(pid), plain(timeout), :redacted}
-
-  defp message(message) when is_tuple(message),
-    do: message |> Tuple.to_list() |> Enum.map(&plain/1) |> List.to_tuple()
-
-  defp message(message), do: plain(message)
-
-  # Terms that cannot have contents.
-  defp plain(term)
-       when is_atom(term) or is_pid(term) or is_reference(term) or is_port(term) or
-              is_integer(term),
-       do: term
-
-  defp plain(_contents), do: :redacted
-
-  # The events of :sys.log/2.
-  defp log_event({:in, message}), do: {:in, message(message)}
-  defp log_event({:in, message, state}), do: {:in, message(message), plain(state)}
-  defp log_event(_event), do: :redacted
 end

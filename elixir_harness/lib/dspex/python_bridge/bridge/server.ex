@@ -8,13 +8,10 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # start, follow one another and end is in `DSPex.PythonBridge.Bridge.PeerLifecycle`.
 
   use GenServer
-  use DSPex.PythonBridge.OTP.ServerGuard
 
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol, Telemetry}
-  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle}
-  alias DSPex.PythonBridge.Bridge.{Redaction, State, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, LoadCounters}
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle, State, Status}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Tools.Invocation
@@ -26,8 +23,12 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # With hundreds of calls at once, a heap of this size (160 KB) takes 6 % of the CPU off each: it is collected less often.
   @heap_words 20_000
 
-  # How long a start waits at most for the name of a bridge whose starter is gone.
-  @name_ms 1_000
+  # The longest head that Protocol.request_frame/3 puts before a body.
+  @head_bytes 64
+
+  # How often, and after which time each, a start looks again whether the name of a bridge that is left behind is free.
+  @tries 200
+  @try_ms 5
 
   # Of a peer: see `DSPex.PythonBridge.Bridge.Peer`.
   defguardp is_transport(term) when is_port(term) or is_pid(term)
@@ -39,35 +40,24 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   @doc "Starts the process of a bridge."
   @spec start_link(Options.t()) :: GenServer.on_start()
   def start_link(%Options{name: name} = options) do
-    start_link(options, if(name, do: [name: name], else: []), Deadline.new(@name_ms))
+    start_link(options, if(name, do: [name: name], else: []), @tries)
   end
 
-  # A bridge whose starter has exited gives its name back as soon as it hears of that.
-  defp start_link(options, opts, deadline) do
+  # A bridge whose starter has exited, such as the test before this one, gives its name back as soon as it hears of that.
+  defp start_link(options, opts, tries) do
     with {:error, {:already_started, bridge}} = taken <-
            GenServer.start_link(__MODULE__, options, opts) do
-      if left_behind?(bridge) and Deadline.left(deadline) > 0 do
-        wait(bridge, deadline)
-        start_link(options, opts, deadline)
+      if tries > 0 and node(bridge) == node() and left_behind?(Process.info(bridge, :parent)) do
+        Process.sleep(@try_ms)
+        start_link(options, opts, tries - 1)
       else
         taken
       end
     end
   end
 
-  defp left_behind?(bridge) do
-    with true <- Registry.get(:bridge, bridge) != nil,
-         {:parent, starter} when is_pid(starter) <- Process.info(bridge, :parent),
-         do: not Process.alive?(starter),
-         else: (_not_or_gone -> node(bridge) == node() and not Process.alive?(bridge))
-  end
-
-  # It answers after what it has been sent before.
-  defp wait(bridge, deadline) do
-    GenServer.call(bridge, :get_status, Deadline.left(deadline))
-  catch
-    :exit, _gone_or_busy -> :ok
-  end
+  defp left_behind?({:parent, starter}), do: is_pid(starter) and not Process.alive?(starter)
+  defp left_behind?(nil), do: true
 
   @impl GenServer
   def init(%Options{} = options) do
@@ -86,10 +76,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)
 
-    with {counters, index, _coordinator, _monitor} <- options.slot,
-         do: LoadCounters.reset(counters, index)
-
     Telemetry.look_once()
+    in_flight = InFlight.new(options, programs)
+    InFlight.notify(in_flight, :start)
 
     state = %State{
       options: options,
@@ -98,7 +87,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       log_forwarder: LogForwarder.start(State.name(options)),
       programs: programs,
       to_load: Programs.Store.declared_ids(programs),
-      in_flight: InFlight.new(options, programs)
+      in_flight: in_flight
     }
 
     {:ok, state, {:continue, :open}}
@@ -117,16 +106,16 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   # For a peer of `DSPex.PythonBridge.Stub`, whose answers depend on who calls.
   def handle_call({:caller, id}, _from, state) do
-    request = Calls.Table.get(state.in_flight.calls, id)
+    request = state.in_flight.calls[id]
     {:reply, request && request.pid, state}
   end
 
   def handle_call(:restart, from, state), do: {:noreply, PeerLifecycle.restart(state, from)}
-  def handle_call(question, from, state), do: drop({:"$gen_call", from, question}, state)
+  def handle_call(_stray, _from, state), do: {:reply, {:error, :unknown_call}, state}
 
   @impl GenServer
   def handle_cast(:replace, state), do: {:noreply, PeerLifecycle.replace(state)}
-  def handle_cast(message, state), do: drop(message, state)
+  def handle_cast(_stray, state), do: {:noreply, state}
 
   # The two hot paths come first. This clause only matches until the peer is heard again.
   @impl GenServer
@@ -134,10 +123,10 @@ defmodule DSPex.PythonBridge.Bridge.Server do
         {port, {:data, _frame}} = message,
         %{in_flight: %{silent?: true, to: port}} = state
       ),
-      do: handle_info(message, %{state | in_flight: Calls.heard(state.in_flight)})
+      do: handle_info(message, %{state | in_flight: InFlight.silent(state.in_flight, false)})
 
   def handle_info({port, {:data, frame}}, %{options: %{max_frame_bytes: max}} = state)
-      when is_transport(port) and is_binary(frame) and byte_size(frame) > max do
+      when is_transport(port) and byte_size(frame) > max do
     case Protocol.route(frame) do
       {:reply, id} ->
         text = "the reply has #{byte_size(frame)} bytes; max_frame_bytes is #{max}"
@@ -148,8 +137,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  def handle_info({port, {:data, frame}}, state)
-      when is_transport(port) and is_binary(frame) do
+  def handle_info({port, {:data, frame}}, state) when is_transport(port) do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
       {:stream, id} -> state |> chunk_came(port, id, frame) |> noreply(frame)
@@ -159,26 +147,20 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  def handle_info({:request, request} = message, state) do
-    if Request.valid?(request) and
-         (request.change == nil or Programs.Store.change?(request.change)),
-       do: state |> request_came(request) |> noreply(request.body),
-       else: drop(message, state)
-  end
+  def handle_info({:request, %Request{} = request}, state),
+    do: state |> request_came(request) |> noreply(request.body)
 
-  # Another bridge with the same store has made the change.
-  def handle_info({:changed, change, body}, state) when is_binary(body),
-    do: noreply(%{state | in_flight: Calls.follow(state.in_flight, change, body)}, body)
+  # A bridge with the same store has made a change.
+  def handle_info({:changed, ids}, state),
+    do: {:noreply, %{state | in_flight: Dispatcher.follow(state.in_flight, ids)}}
 
-  def handle_info({:tool_result, port, id, frame}, state)
-      when is_transport(port) and is_binary(frame) do
-    in_flight = Calls.Events.tool_result(state.in_flight, port, id, frame)
+  def handle_info({:tool_result, port, id, frame}, state) do
+    in_flight = Calls.tool_result(state.in_flight, port, id, frame)
     noreply(%{state | in_flight: in_flight}, frame)
   end
 
-  def handle_info({:bind, port, id, ref}, state)
-      when is_transport(port) and is_integer(id) and is_reference(ref) do
-    {answer, in_flight} = Calls.Events.bind(state.in_flight, port, id)
+  def handle_info({:bind, port, id, ref}, state) do
+    {answer, in_flight} = Calls.bind(state.in_flight, port, id)
     send(ref, {ref, answer})
     {:noreply, %{state | in_flight: in_flight}}
   end
@@ -187,32 +169,21 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def handle_info(:unreadable_frame, state), do: {:noreply, unreadable_frame(state)}
 
   # The caller's timeout has passed; the caller has died; a cast had no reply in time.
-  def handle_info({:abandon, ref}, state) when is_reference(ref), do: abandon(state, ref)
+  def handle_info({:abandon, ref}, state), do: abandon(state, ref)
 
   def handle_info({{:caller_down, id}, _ref, :process, _pid, _reason}, state),
     do: abandon(state, id)
 
   def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
 
-  # The log forwarder only ends if something kills it, and is started again.
-  def handle_info({:DOWN, log, :process, _pid, _why}, %{log_forwarder: %{monitor: log}} = state),
-    do: {:noreply, %{state | log_forwarder: LogForwarder.replace(state.log_forwarder)}}
-
   # The writer of a send queue has written.
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
-    do: collect(%{state | in_flight: Dispatcher.written(state.in_flight, monitor)})
+    do: {:noreply, %{state | in_flight: Dispatcher.written(state.in_flight, monitor)}}
 
-  def handle_info(:collect, state), do: collect(state)
-
-  def handle_info({:dropped, bytes}, state) when is_integer(bytes) and bytes >= @big_bytes,
-    do: {:noreply, state, :hibernate}
-
-  def handle_info({:dropped, _few}, state), do: {:noreply, state}
-
-  def handle_info({:timeout, timer, :trial}, state) when is_reference(timer),
+  def handle_info({:timeout, timer, :trial}, state),
     do: {:noreply, %{state | in_flight: Dispatcher.trial_over(state.in_flight, timer)}}
 
-  def handle_info({:timeout, timer, what}, %{timer: timer} = state) when is_reference(timer),
+  def handle_info({:timeout, timer, what}, %{timer: timer} = state),
     do: {:noreply, PeerLifecycle.timer_fired(%{state | timer: nil}, what)}
 
   # A timer that was cancelled too late.
@@ -221,28 +192,26 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def handle_info({:drain_timeout, port}, state),
     do: {:noreply, PeerLifecycle.drain_timeout(state, port)}
 
-  def handle_info({:start_failure, %Peer{} = next, why, explanation, then}, state)
-      when is_binary(why) and (is_binary(explanation) or explanation == nil) and is_binary(then),
-      do: {:noreply, PeerLifecycle.explained(state, next, why, explanation, then)}
+  def handle_info({:start_failure, next, why, explanation, then}, state),
+    do: {:noreply, PeerLifecycle.explained(state, next, why, explanation, then)}
 
   # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be written), or
   # both, in either order. The first removes the peer; the second matches no peer's port any longer.
-  def handle_info({port, {:exit_status, code}}, state)
-      when is_transport(port) and is_integer(code),
-      do: {:noreply, lost(state, port, "exit status #{code}")}
+  def handle_info({port, {:exit_status, code}}, state) when is_transport(port),
+    do: {:noreply, lost(state, port, "exit status #{code}")}
 
-  def handle_info({:EXIT, port, reason}, state) when is_port(port) and is_atom(reason),
+  def handle_info({:EXIT, port, reason}, state) when is_port(port),
     do: {:noreply, lost(state, port, "its port closed: #{inspect(reason)}")}
 
   # A child of the peer holds its output open, so the port does not report its end.
-  def handle_info({:peer_gone, os_pid}, state) when is_integer(os_pid),
+  def handle_info({:peer_gone, os_pid}, state),
     do: {:noreply, lost(state, os_pid, "it is gone")}
 
   # The process in the place of a port, or one that has linked itself to the bridge. (The parent's exit never gets here.)
   def handle_info({:EXIT, pid, _reason}, state) when is_pid(pid),
     do: {:noreply, lost(state, pid, "its process ended")}
 
-  def handle_info(message, state), do: drop(message, state)
+  def handle_info(_stray, state), do: {:noreply, state}
 
   ## The end
 
@@ -250,7 +219,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # what has not left soon is killed before this process ends, since the BEAM may stop next. A peer that does not
   # read would not see the end of its input, and would keep the BEAM from stopping.
   @impl GenServer
-  def terminate(reason, state) do
+  def terminate(reason, state), do: ServerGuard.ending(reason, fn -> finish(reason, state) end)
+
+  defp finish(reason, state) do
     # First: whoever starts the next one does not wait for this one's end.
     give_back(state.options.name)
     peers = State.peers(state)
@@ -260,6 +231,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     InFlight.fail_all(state.in_flight, :bridge_not_running, :all)
     Registry.delete(:bridge, self())
     Reaper.finish(state.reaper)
+    LogForwarder.finish(state.log_forwarder)
     # Others may have ended while calls were finished.
     for peer <- State.peers(state), do: Status.down(state, peer, :stopped)
   end
@@ -300,31 +272,24 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp state_of(noreply), do: elem(noreply, 1)
 
   @impl GenServer
-  defdelegate format_status(status), to: Redaction
-
-  defp drop(message, state) do
-    ServerGuard.drop(message, __MODULE__)
-    {:noreply, state}
-  end
+  defdelegate format_status(status), to: ServerGuard
 
   ## Requests
 
   defp request_came(state, request) do
     max = state.options.max_frame_bytes
-    InFlight.arrived(state.in_flight, request)
 
     cond do
       state.status == :stopping ->
         refuse(state, request, :bridge_not_running)
 
-      state.status == :failed and request.retry != :pool ->
+      state.status == :failed and request.resend != :caller ->
         refuse(state, request, {:not_started, state.last_error})
 
-      InFlight.pending(state.in_flight) >= state.options.max_pending and
-          not change_of_pool?(request) ->
+      request.change == nil and InFlight.pending(state.in_flight) >= state.options.max_pending ->
         refuse(state, request, :overloaded)
 
-      not InFlight.fits?(state.in_flight, request, max) ->
+      byte_size(request.body) + @head_bytes > max ->
         refuse(state, request, {:too_large, byte_size(request.body), max})
 
       true ->
@@ -332,24 +297,14 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     end
   end
 
-  defp change_of_pool?(%Request{change: change, retry: retry}),
-    do: change != nil and retry == :pool
-
-  defp refuse(state, request, failure),
-    do: %{state | in_flight: InFlight.refuse(state.in_flight, request, failure)}
+  defp refuse(state, request, failure) do
+    InFlight.refuse(state.in_flight, request, failure)
+    state
+  end
 
   # Hibernation collects everything, even the message just handled.
   defp noreply(state, bytes) when byte_size(bytes) < @big_bytes, do: {:noreply, state}
-  defp noreply(state, _big), do: {:noreply, %{state | big?: true}, :hibernate}
-
-  # Once more when a large request that had to queue may have been written: once, not for each frame.
-  defp collect(%{big?: true} = state) do
-    if Dispatcher.all_written?(state.in_flight),
-      do: {:noreply, %{state | big?: false}, :hibernate},
-      else: {:noreply, state}
-  end
-
-  defp collect(state), do: {:noreply, state}
+  defp noreply(state, _big), do: {:noreply, state, :hibernate}
 
   defp abandon(state, id_or_ref) do
     state = %{state | in_flight: Calls.abandon(state.in_flight, id_or_ref)}
@@ -373,7 +328,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   end
 
   defp chunk_came(state, port, id, frame) do
-    case Calls.Events.chunk(state.in_flight, port, id, frame) do
+    case Calls.chunk(state.in_flight, port, id, frame) do
       {:ok, in_flight} -> %{state | in_flight: in_flight}
       :nobody -> %{state | late_replies: state.late_replies + 1}
     end
@@ -382,14 +337,14 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp tool_called(state, port, id, frame) do
     max = state.options.max_frame_bytes
     call = %Invocation{port: port, id: id, frame: frame, max_frame_bytes: max}
-    Calls.Events.tool_call(state.in_flight, call)
+    Calls.tool_call(state.in_flight, call)
     state
   end
 
   defp logged(state, port, frame) do
     peer = Enum.find(State.peers(state), &(&1.port == port))
-    LogForwarder.take(state.log_forwarder, frame, peer && peer.os_pid)
-    state
+    log_forwarder = LogForwarder.take(state.log_forwarder, frame, peer && peer.os_pid)
+    %{state | log_forwarder: log_forwarder}
   end
 
   # The usual case first: there is one peer, and it has answered before.
@@ -419,7 +374,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
         state
 
       peer ->
-        in_flight = Handover.lost(state.in_flight, peer.port, :died)
+        in_flight = Dispatcher.lost(state.in_flight, peer.port, :died)
         %{state | in_flight: InFlight.fail_all(in_flight, :python_process_died, :held)}
     end
   end

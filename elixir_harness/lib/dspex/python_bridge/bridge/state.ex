@@ -7,18 +7,17 @@ defmodule DSPex.PythonBridge.Bridge.State do
   #   * `restarts_waiting`: callers of a restart
   #   * `to_load`: the declared programs that are still to be loaded; `loading`: the one that is; `failed`: why others
   #     could not be, by their stamps (`DSPex.PythonBridge.Bridge.DeclaredPrograms`)
-  #   * `big?`: whether a large request may still wait to be written
 
   alias DSPex.PythonBridge.{Error, Options, Programs}
-  alias DSPex.PythonBridge.Bridge.{Backoff, DeclaredPrograms, LogForwarder, Peer}
+  alias DSPex.PythonBridge.Bridge.{DeclaredPrograms, LogForwarder, Peer}
   alias DSPex.PythonBridge.Calls.InFlight
 
   @enforce_keys [:options, :label, :reaper, :log_forwarder, :programs, :to_load, :in_flight]
   defstruct @enforce_keys ++
               [:peer, :next, :timer, :last_error, :loading] ++
-              [status: :starting, old: [], opened: 0, backoff: Backoff.new()] ++
+              [status: :starting, old: [], opened: 0, deaths: %{useless: 0, idle: 0}] ++
               [restarts_waiting: [], failed: %{}] ++
-              [big?: false, late_replies: 0, unreadable_frames: 0]
+              [late_replies: 0, unreadable_frames: 0]
 
   @type t :: %__MODULE__{
           options: Options.t(),
@@ -34,15 +33,21 @@ defmodule DSPex.PythonBridge.Bridge.State do
           status: :starting | :running | :restarting | :failed | :stopping,
           old: [Peer.t()],
           opened: non_neg_integer(),
-          backoff: Backoff.t(),
+          deaths: deaths(),
           restarts_waiting: [GenServer.from()],
           to_load: [Programs.Store.id()],
           loading: DeclaredPrograms.loading() | nil,
           failed: %{Programs.Store.stamp() => Error.t()},
-          big?: boolean(),
           late_replies: non_neg_integer(),
           unreadable_frames: non_neg_integer()
         }
+
+  @typedoc "How many peers in a row died that were of no use, and how many of them without work."
+  @type deaths :: %{useless: non_neg_integer(), idle: non_neg_integer()}
+
+  @doc "A peer was of use."
+  @spec no_deaths() :: deaths()
+  def no_deaths, do: %{useless: 0, idle: 0}
 
   @doc "All peers that have not ended."
   @spec peers(t()) :: [Peer.t()]

@@ -1,28 +1,30 @@
 defmodule DSPex.PythonBridge.Calls do
   @moduledoc false
-  # Part of the process of a bridge: requests come in here and are answered here, each exactly once. Which peer
-  # gets which request, and when, is `DSPex.PythonBridge.Calls.Dispatcher`'s; what is sent between a request and its
-  # reply is `DSPex.PythonBridge.Calls.Events`'.
+  # Part of the process of a bridge: requests come in here and are answered here, each exactly once, and what a peer and
+  # a caller send each other in between is passed on. Which peer gets which request, and when, is
+  # `DSPex.PythonBridge.Calls.Dispatcher`'s.
+  #
+  # A chunk or a tool call belongs to a call at one peer: after the call has been sent to another peer, messages to or from
+  # its earlier peer are ignored.
 
-  alias DSPex.PythonBridge.{Calls, Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request, Suspects}
+  alias DSPex.PythonBridge.{Programs, Protocol}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request, SendQueue, Suspects}
   alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Tools.Invocation
 
   @doc "Accepts a request."
   @spec accept(InFlight.t(), Request.t()) :: InFlight.t()
-  def accept(%InFlight{to: nil} = in_flight, %Request{retry: :pool} = request),
-    do: InFlight.refuse(in_flight, request, {:died, :unsent})
+  def accept(%InFlight{to: nil} = in_flight, %Request{resend: :caller} = request) do
+    InFlight.refuse(in_flight, request, {:died, :unsent})
+    in_flight
+  end
 
   def accept(%InFlight{next_id: id} = in_flight, %Request{} = request) do
     request = %{
       request
       | watch: watch(request, id),
         deadline: Deadline.new(request.timeout),
-        change: request.change && stamped(in_flight.programs, request.change),
-        at: Dispatcher.free_peer(in_flight, request),
-        told?: false,
-        streamed?: false,
-        bound?: false
+        change: request.change && stamped(in_flight.programs, request.change)
     }
 
     tap(Dispatcher.offer(in_flight, id, request), &InFlight.show_load/1)
@@ -44,8 +46,7 @@ defmodule DSPex.PythonBridge.Calls do
   """
   @spec abandon(InFlight.t(), pos_integer() | reference()) :: InFlight.t()
   def abandon(%InFlight{} = in_flight, ref) when is_reference(ref) do
-    {id, calls} = Calls.Table.id_of(in_flight.calls, ref)
-    in_flight = %{in_flight | calls: calls}
+    {id, in_flight} = InFlight.id_of(in_flight, ref)
     # Without one the reply was sent first; the alias has ended.
     if id, do: abandon(in_flight, id), else: in_flight
   end
@@ -62,34 +63,20 @@ defmodule DSPex.PythonBridge.Calls do
 
   # A peer that hangs would look idle, since each abandoned call is counted out. A peer that works sends
   # something soon, if only the reply to the cancel.
-  defp suspect_silence(
-         %InFlight{slot: {_counters, _index, _coordinator, monitor}, to: port} = in_flight,
-         %Request{at: port}
-       )
-       when port != nil do
-    GenServer.cast(monitor, :unanswered)
-    show_silence(in_flight, true)
-  end
+  defp suspect_silence(%InFlight{to: port, observer: {_, _}} = in_flight, %Request{at: port})
+       when port != nil,
+       do: InFlight.silent(in_flight, true)
 
   defp suspect_silence(in_flight, _request), do: in_flight
-
-  @doc "Ends the suspicion of silence: the peer that serves has sent something."
-  @spec heard(InFlight.t()) :: InFlight.t()
-  def heard(%InFlight{slot: {_counters, _index, _coordinator, monitor}} = in_flight) do
-    GenServer.cast(monitor, :heard)
-    show_silence(in_flight, false)
-  end
-
-  defp show_silence(in_flight, silent?),
-    do: tap(%{in_flight | silent?: silent?}, &InFlight.show_load/1)
 
   @doc """
   Sends a reply to its caller; `:nobody` if no call has this id (any longer), or it is a change of the programs that is
   at another peer by now.
   """
-  @spec deliver(InFlight.t(), port(), pos_integer(), binary()) :: {:ok, InFlight.t()} | :nobody
+  @spec deliver(InFlight.t(), SendQueue.transport(), pos_integer(), binary()) ::
+          {:ok, InFlight.t()} | :nobody
   def deliver(%InFlight{} = in_flight, port, id, frame) do
-    case Calls.Table.get(in_flight.calls, id) do
+    case Map.get(in_flight.calls, id) do
       nil ->
         :nobody
 
@@ -108,7 +95,7 @@ defmodule DSPex.PythonBridge.Calls do
   @compile {:inline, warm: 3}
 
   defp warm(%InFlight{to: port, suspects: %{cold?: true} = suspects} = in_flight, port, request) do
-    # `take_out` shows it to the pool.
+    # `take_out` shows it to the observer.
     if Protocol.run?(request.body),
       do: %{in_flight | suspects: Suspects.warm(suspects)},
       else: in_flight
@@ -116,26 +103,82 @@ defmodule DSPex.PythonBridge.Calls do
 
   defp warm(in_flight, _port, _request), do: in_flight
 
-  @doc "Makes the serving peer follow a change that another one has made and that the store has."
-  @spec follow(InFlight.t(), Programs.Store.change(), binary()) :: InFlight.t()
-  def follow(%InFlight{} = in_flight, {:create, _id, _stamp}, body),
-    do: Dispatcher.tell(in_flight, Programs.Definition.lazy(body))
-
-  def follow(%InFlight{} = in_flight, {:cleanup, _ids, _stamp}, body),
-    do: Dispatcher.tell(in_flight, body)
-
+  # Before the caller has its reply.
   defp note_change(in_flight, change, body, frame) do
     if Protocol.success?(frame) do
       Programs.Store.apply_change(in_flight.programs, change, body)
-      report(in_flight.slot, {:changed, change, body})
+      InFlight.notify(in_flight, {:changed, change, body})
     end
   end
 
-  # Before the caller has its reply.
-  defp report(nil, _change), do: :ok
+  ## Between a request and its reply
 
-  defp report({_counters, index, coordinator, _monitor}, {:changed, change, body}) do
-    with pid when is_pid(pid) <- Process.whereis(coordinator),
-         do: send(pid, {:changed, index, change, body})
+  @doc "Sends a chunk to its caller; `:nobody` if no caller takes it (any longer)."
+  @spec chunk(InFlight.t(), SendQueue.transport(), pos_integer(), binary()) ::
+          {:ok, InFlight.t()} | :nobody
+  def chunk(%InFlight{calls: calls} = in_flight, port, id, frame) do
+    case Map.get(calls, id) do
+      %Request{at: ^port, stream?: true} = request ->
+        # DSPex.PythonBridge.Client.StreamProxy waits for it, and for the tool calls below.
+        send(request.ref, {request.ref, :chunk, frame})
+        {:ok, note_chunk(in_flight, id, request, frame)}
+
+      _none ->
+        :nobody
+    end
+  end
+
+  # After the first one that cannot be taken back the others are not looked at.
+  defp note_chunk(in_flight, _id, %Request{resend: resend}, _frame)
+       when resend in [:never, :tool_begun],
+       do: in_flight
+
+  defp note_chunk(in_flight, id, request, frame) do
+    cond do
+      not Protocol.repeatable?(frame) -> stays(in_flight, id, request, :never)
+      request.told? -> in_flight
+      true -> InFlight.put(in_flight, id, %{request | told?: true})
+    end
+  end
+
+  # It is not resent, so only a change of the programs needs the body.
+  defp stays(in_flight, id, request, resend) do
+    body = if request.change, do: request.body, else: ""
+    InFlight.put(in_flight, id, %{request | body: body, resend: resend})
+  end
+
+  @doc "Passes a tool call to the caller that has the tools, or refuses it."
+  @spec tool_call(InFlight.t(), Invocation.t()) :: :ok
+  def tool_call(%InFlight{calls: calls}, %Invocation{id: id, port: port} = tool_call) do
+    case Map.get(calls, id) do
+      %Request{at: ^port, tools?: true, ref: ref} -> send(ref, {ref, :tool_call, tool_call})
+      %Request{at: ^port} -> Invocation.refuse(tool_call, :not_given)
+      _none -> Invocation.refuse(tool_call, :over)
+    end
+
+    :ok
+  end
+
+  @doc """
+  Makes a call one that is not resent: a tool begins that must not be called twice. `:over` if the call is no longer at
+  this peer, so that the tool must not begin for it.
+  """
+  @spec bind(InFlight.t(), SendQueue.transport(), pos_integer()) :: {:ok | :over, InFlight.t()}
+  def bind(%InFlight{calls: calls} = in_flight, port, id) do
+    case Map.get(calls, id) do
+      %Request{at: ^port} = request -> {:ok, stays(in_flight, id, request, :tool_begun)}
+      _none -> {:over, in_flight}
+    end
+  end
+
+  @doc """
+  Sends the result of a tool to the peer that called it, if that still has the call of this id (nil: in any case).
+  """
+  @spec tool_result(InFlight.t(), SendQueue.transport(), pos_integer() | nil, binary()) ::
+          InFlight.t()
+  def tool_result(%InFlight{} = in_flight, port, id, frame) do
+    if id == nil or match?(%Request{at: ^port}, Map.get(in_flight.calls, id)),
+      do: Dispatcher.control(in_flight, port, frame),
+      else: in_flight
   end
 end

@@ -1,28 +1,22 @@
 defmodule DSPex.PythonBridge.Calls.Dispatcher do
   @moduledoc false
-  # Which call goes to which peer, and when. At most one peer serves; calls are held while none does. Calls that may
-  # have killed a peer wait for each other (`DSPex.PythonBridge.Calls.Suspects`). What a peer's start and end do to its
-  # calls is `DSPex.PythonBridge.Calls.Handover`'s.
+  # Which call goes to which peer, and when. At most one peer serves; calls are held while none does. A peer that
+  # serves is given the programs and the held calls, and when it dies its calls are held for the next one, `max_retries`
+  # times at most. Calls that may have killed a peer wait for each other (`DSPex.PythonBridge.Calls.Suspects`).
 
-  alias DSPex.PythonBridge.{Calls, Protocol}
+  alias DSPex.PythonBridge.{Programs, Protocol}
   alias DSPex.PythonBridge.Calls.{InFlight, Request, SendQueue, Suspects}
 
-  @doc "The peer that a new call can be sent to at once, or nil."
-  @spec free_peer(InFlight.t(), Request.t()) :: port() | nil
-  def free_peer(%InFlight{to: port, max_retries: most}, %Request{} = request),
-    do: if(not Suspects.suspect?(request, most), do: port)
+  ## Calls
 
-  @doc "Sends a new call to the peer that it is at, or holds it if it is at none. Its id is the next one."
+  @doc "Sends a new call to the peer that serves, or holds it. Its id is the next one."
   @spec offer(InFlight.t(), pos_integer(), Request.t()) :: InFlight.t()
-  def offer(%InFlight{calls: calls} = in_flight, id, %Request{at: nil} = request) do
-    calls = Calls.Table.put(calls, id, request)
-    %{in_flight | calls: calls, next_id: id + 1} |> hold(id, request) |> advance()
-  end
+  def offer(%InFlight{to: port} = in_flight, id, request) do
+    in_flight = %{in_flight | next_id: id + 1}
 
-  def offer(%InFlight{calls: calls} = in_flight, id, request) do
-    send_queues = push(in_flight.send_queues, id, request)
-    calls = Calls.Table.put(calls, id, request)
-    %{in_flight | calls: calls, send_queues: send_queues, next_id: id + 1}
+    if port == nil or Suspects.suspect?(request, in_flight.max_retries),
+      do: in_flight |> hold(id, request) |> advance(),
+      else: push(in_flight, id, request)
   end
 
   @doc "To be called when a call has ended: the next suspect may have waited for that."
@@ -38,42 +32,30 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   def withdraw(in_flight, id, %Request{at: nil} = request),
     do: InFlight.release(in_flight, id, request)
 
-  def withdraw(in_flight, id, request),
-    do: in_flight |> take_from_peer(id, request) |> answered(request)
+  def withdraw(%InFlight{send_queues: queues} = in_flight, id, %Request{at: port} = request) do
+    queue = Map.fetch!(queues, port)
 
-  defp take_from_peer(
-         %InFlight{send_queues: send_queues} = in_flight,
-         id,
-         %Request{at: port} = request
-       ) do
-    send_queue = Map.fetch!(send_queues, port)
+    in_flight =
+      if SendQueue.member?(queue, id),
+        do: %{in_flight | send_queues: %{queues | port => SendQueue.drop(queue, id)}},
+        else: in_flight |> control(port, Protocol.cancel_frame(id)) |> keep_change(id, request)
 
-    if SendQueue.member?(send_queue, id) do
-      %{in_flight | send_queues: %{send_queues | port => SendQueue.drop(send_queue, id)}}
-    else
-      in_flight |> control(port, Protocol.cancel_frame(id)) |> keep_change(id, request)
-    end
+    answered(in_flight, request)
   end
 
   # The peer may have made the change before it reads the cancel.
   defp keep_change(in_flight, _id, %Request{change: nil}), do: in_flight
 
-  defp keep_change(%InFlight{calls: calls} = in_flight, id, request) do
-    request = %{request | ref: nil, pid: nil, watch: nil}
-    %{in_flight | calls: Calls.Table.put(calls, id, request)}
-  end
+  defp keep_change(in_flight, id, request),
+    do: InFlight.put(in_flight, id, %{request | ref: nil, pid: nil, watch: nil})
 
-  @doc """
-  Sends a control frame to a peer, unless that is gone. `about`: the call with whose end the frame, if it
-  still waits to be written, becomes useless.
-  """
-  @spec control(InFlight.t(), port(), iodata(), pos_integer() | nil) :: InFlight.t()
-  def control(%InFlight{send_queues: send_queues} = in_flight, port, frame, about \\ nil) do
-    case send_queues do
-      %{^port => send_queue} ->
-        key = in_flight.next_id
-        send_queue = SendQueue.push_control(send_queue, key, frame, about)
-        %{in_flight | send_queues: %{send_queues | port => send_queue}, next_id: key + 1}
+  @doc "Sends a control frame to a peer, unless that is gone."
+  @spec control(InFlight.t(), SendQueue.transport(), iodata()) :: InFlight.t()
+  def control(%InFlight{send_queues: queues, next_id: key} = in_flight, port, frame) do
+    case queues do
+      %{^port => queue} ->
+        queues = %{queues | port => SendQueue.push_control(queue, key, frame)}
+        %{in_flight | send_queues: queues, next_id: key + 1}
 
       _gone ->
         in_flight
@@ -81,10 +63,11 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   end
 
   @doc "Sends a peer a request of the bridge itself; returns its id, which the reply will have."
-  @spec own_request(InFlight.t(), port(), binary()) :: {pos_integer(), InFlight.t()}
-  def own_request(%InFlight{next_id: id, send_queues: send_queues} = in_flight, port, body) do
-    send_queue = SendQueue.push_request(Map.fetch!(send_queues, port), id, :infinity, body)
-    {id, %{in_flight | send_queues: %{send_queues | port => send_queue}, next_id: id + 1}}
+  @spec own_request(InFlight.t(), SendQueue.transport(), binary()) ::
+          {pos_integer(), InFlight.t()}
+  def own_request(%InFlight{next_id: id, send_queues: queues} = in_flight, port, body) do
+    queue = SendQueue.push_request(Map.fetch!(queues, port), id, :infinity, body)
+    {id, %{in_flight | send_queues: %{queues | port => queue}, next_id: id + 1}}
   end
 
   @doc "Sends the peer that serves, if any, a request whose reply nobody needs, behind all that was sent before."
@@ -95,62 +78,223 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     do: control(in_flight, port, Protocol.request_frame(0, :infinity, body))
 
   @doc "Whether a peer has calls to answer."
-  @spec busy?(InFlight.t(), port()) :: boolean()
-  def busy?(%InFlight{} = in_flight, port), do: Calls.Table.busy?(in_flight.calls, port)
+  @spec busy?(InFlight.t(), SendQueue.transport()) :: boolean()
+  def busy?(%InFlight{calls: calls}, port), do: at?(:maps.next(:maps.iterator(calls)), port)
+
+  # It is asked after each reply to an old peer, so it does not look at all of thousands of calls.
+  defp at?({_id, %Request{at: port}, _rest}, port), do: true
+  defp at?({_id, _request, rest}, port), do: at?(:maps.next(rest), port)
+  defp at?(:none, _port), do: false
 
   @doc "To be called with each `:DOWN` of a process, which may be the writer of a send queue."
   @spec written(InFlight.t(), reference()) :: InFlight.t()
-  def written(%InFlight{send_queues: send_queues} = in_flight, monitor) do
-    written = fn {port, send_queue} -> {port, SendQueue.written(send_queue, monitor)} end
-    %{in_flight | send_queues: Map.new(send_queues, written)}
+  def written(%InFlight{send_queues: queues} = in_flight, monitor) do
+    written = fn {port, queue} -> {port, SendQueue.written(queue, monitor)} end
+    %{in_flight | send_queues: Map.new(queues, written)}
   end
-
-  @doc "Whether nothing waits to be written, except what the writers of the send queues hold."
-  @spec all_written?(InFlight.t()) :: boolean()
-  def all_written?(%InFlight{} = in_flight) do
-    :gb_sets.is_empty(in_flight.held) and :gb_sets.is_empty(in_flight.suspects.waiting) and
-      Enum.all?(in_flight.send_queues, fn {_port, send_queue} -> SendQueue.empty?(send_queue) end)
-  end
-
-  @doc "To be called when the timer `:trial` has fired: the next suspects are sent."
-  @spec trial_over(InFlight.t(), reference()) :: InFlight.t()
-  def trial_over(%InFlight{} = in_flight, timer),
-    do:
-      tap(
-        advance(%{in_flight | suspects: Suspects.timeout(in_flight.suspects, timer)}),
-        &InFlight.show_load/1
-      )
 
   ## Held calls, and when they are sent
 
-  @doc "Holds a call, as a suspect if it is one."
-  @spec hold(InFlight.t(), pos_integer(), Request.t()) :: InFlight.t()
-  def hold(%InFlight{} = in_flight, id, request) do
+  @doc "To be called when the timer `:trial` has fired: the next suspects are sent."
+  @spec trial_over(InFlight.t(), reference()) :: InFlight.t()
+  def trial_over(%InFlight{suspects: suspects} = in_flight, timer) do
+    in_flight = advance(%{in_flight | suspects: Suspects.timeout(suspects, timer)})
+    tap(in_flight, &InFlight.show_load/1)
+  end
+
+  # As a suspect if it is one.
+  defp hold(in_flight, id, request) do
+    request = %{request | at: nil}
+    in_flight = InFlight.put(in_flight, id, request)
+
     if Suspects.suspect?(request, in_flight.max_retries),
       do: %{in_flight | suspects: Suspects.add(in_flight.suspects, id, request)},
       else: %{in_flight | held: :gb_sets.add(id, in_flight.held)}
   end
 
-  @doc "Sends the held calls that may be sent now."
-  @spec advance(InFlight.t()) :: InFlight.t()
-  def advance(%InFlight{to: nil} = in_flight), do: in_flight
+  # Sends the held calls that may be sent now.
+  defp advance(%InFlight{to: nil} = in_flight), do: in_flight
 
-  def advance(%InFlight{} = in_flight) do
+  defp advance(%InFlight{held: held} = in_flight) do
     {ids, suspects} = Suspects.next(in_flight.suspects, in_flight.max_retries)
-    in_flight = give(in_flight, :gb_sets.to_list(in_flight.held))
-    give(%{in_flight | held: :gb_sets.empty(), suspects: suspects}, ids)
+
+    Enum.reduce(
+      :gb_sets.to_list(held) ++ ids,
+      %{in_flight | held: :gb_sets.empty(), suspects: suspects},
+      &push(&2, &1, Map.fetch!(&2.calls, &1))
+    )
   end
 
-  defp give(in_flight, ids) do
-    Enum.reduce(ids, in_flight, fn id, %InFlight{calls: calls, to: port} = in_flight ->
-      request = %{Calls.Table.fetch!(calls, id) | at: port}
-      send_queues = push(in_flight.send_queues, id, request)
-      %{in_flight | calls: Calls.Table.replace(calls, id, request), send_queues: send_queues}
-    end)
+  defp push(%InFlight{to: port, send_queues: queues} = in_flight, id, request) do
+    %Request{deadline: deadline, body: body} = request
+    queue = SendQueue.push_request(Map.fetch!(queues, port), id, deadline, body)
+    in_flight = given(%{in_flight | send_queues: %{queues | port => queue}}, request.change)
+    InFlight.put(in_flight, id, %{request | at: port})
   end
 
-  defp push(send_queues, id, %Request{at: port, deadline: deadline, body: body}) do
-    send_queue = SendQueue.push_request(Map.fetch!(send_queues, port), id, deadline, body)
-    %{send_queues | port => send_queue}
+  ## Programs
+
+  @doc "Sends the peer that serves what the store has of these programs, after a change by any bridge with this store."
+  @spec follow(InFlight.t(), :all | [Programs.Store.id()]) :: InFlight.t()
+  def follow(%InFlight{to: nil} = in_flight, _ids), do: in_flight
+
+  def follow(%InFlight{programs: programs, given: given} = in_flight, :all) do
+    present = for {id, _stamp, _body} <- Programs.Store.definitions(programs), do: id
+    follow(in_flight, Enum.uniq(Map.keys(given) ++ present))
   end
+
+  def follow(%InFlight{programs: programs, given: given} = in_flight, ids) do
+    now = for id <- ids, do: {id, Programs.Store.get(programs, id)}
+    removed = for {id, nil} <- now, is_map_key(given, id), do: id
+    in_flight = if removed == [], do: in_flight, else: remove(in_flight, removed)
+
+    for {id, {stamp, body}} <- now, given[id] != stamp, reduce: in_flight do
+      in_flight ->
+        in_flight |> tell(Programs.Definition.lazy(body)) |> given({:create, id, stamp})
+    end
+  end
+
+  defp remove(in_flight, ids) do
+    {:ok, body} = Protocol.encode_body(:cleanup, %{program_ids: ids})
+    in_flight |> tell(body) |> given({:cleanup, ids, nil})
+  end
+
+  defp given(in_flight, nil), do: in_flight
+
+  defp given(%InFlight{given: given} = in_flight, {:create, id, stamp}),
+    do: %{in_flight | given: Map.put(given, id, stamp)}
+
+  defp given(in_flight, {:cleanup, :all, _stamp}), do: %{in_flight | given: %{}}
+
+  defp given(%InFlight{given: given} = in_flight, {:cleanup, ids, _stamp}),
+    do: %{in_flight | given: Map.drop(given, ids)}
+
+  ## A peer starts
+
+  @doc "Adds a peer that was started. Until `serve/2` only `own_request/3` sends to it."
+  @spec attach(InFlight.t(), SendQueue.transport()) :: InFlight.t()
+  def attach(%InFlight{} = in_flight, port),
+    do: %{in_flight | send_queues: Map.put(in_flight.send_queues, port, SendQueue.new(port))}
+
+  @doc """
+  Sends calls to this peer from now on, the held ones first, behind the definitions of all programs. Changes of the
+  programs that the peer before has not answered are made here: it may have made them, too, but nobody uses it any more.
+  """
+  @spec serve(InFlight.t(), SendQueue.transport()) :: InFlight.t()
+  def serve(%InFlight{} = in_flight, port) do
+    in_flight = if in_flight.to, do: take_back(in_flight, in_flight.to), else: in_flight
+    # Another peer was silent.
+    in_flight = if in_flight.silent?, do: InFlight.silent(in_flight, false), else: in_flight
+    suspects = Suspects.start(in_flight.suspects, not :gb_sets.is_empty(in_flight.held))
+    in_flight = give_programs(%{in_flight | suspects: suspects}, port)
+    tap(advance(%{in_flight | to: port}), &InFlight.show_load/1)
+  end
+
+  # The peer loads a program with the first run that needs it.
+  defp give_programs(%InFlight{send_queues: queues} = in_flight, port) do
+    definitions = Programs.Store.definitions(in_flight.programs)
+    bodies = for {_id, _stamp, body} <- definitions, do: Programs.Definition.lazy(body)
+    queue = SendQueue.push_first(Map.fetch!(queues, port), bodies)
+    given = for {id, stamp, _body} <- definitions, into: %{}, do: {id, stamp}
+    %{in_flight | send_queues: %{queues | port => queue}, given: given}
+  end
+
+  # What still waits to be written to one peer goes to the next.
+  defp take_back(%InFlight{send_queues: queues} = in_flight, port) do
+    {ids, queue} = SendQueue.take_back(Map.fetch!(queues, port))
+    unwritten = MapSet.new(ids)
+    suspects = Suspects.stop(in_flight.suspects)
+    in_flight = %{in_flight | send_queues: %{queues | port => queue}, suspects: suspects}
+
+    for {id, request} <- InFlight.at(in_flight, port), reduce: in_flight do
+      in_flight ->
+        cond do
+          request.change && request.watch == nil -> InFlight.fail(in_flight, id, :replaced)
+          request.change || id in unwritten -> hold(in_flight, id, request)
+          true -> in_flight
+        end
+    end
+  end
+
+  ## A peer ends
+
+  @doc """
+  Removes a peer. It `:died`, which any call in flight may have caused; or none has: something else did (`:spared`), or
+  it was `:replaced`. Each of its calls is resent or fails, as its caller asked for; what was not written to it is
+  held.
+  """
+  @spec lost(InFlight.t(), SendQueue.transport(), :died | :spared | :replaced) :: InFlight.t()
+  def lost(%InFlight{send_queues: queues} = in_flight, port, _how)
+      when not is_map_key(queues, port),
+      do: in_flight
+
+  def lost(%InFlight{} = in_flight, port, how) do
+    {queue, queues} = Map.pop!(in_flight.send_queues, port)
+    unwritten = MapSet.new(SendQueue.close(queue))
+    calls = InFlight.at(in_flight, port)
+    # Suspects are tried with the peer that serves.
+    serves? = in_flight.to == port
+    suspects = if serves?, do: in_flight.suspects, else: %Suspects{}
+    in_flight = %{in_flight | send_queues: queues}
+    in_flight = if serves?, do: none_serves(in_flight), else: in_flight
+
+    in_flight =
+      for {id, request} <- calls, reduce: in_flight do
+        in_flight ->
+          cond do
+            id in unwritten ->
+              lost_call(in_flight, id, request, :unsent)
+
+            how == :died and
+                not Suspects.blamed?(suspects, id, request, in_flight.max_retries) ->
+              lost_call(in_flight, id, %{request | spared: request.spared + 1}, :spared)
+
+            true ->
+              lost_call(in_flight, id, request, how)
+          end
+      end
+
+    in_flight |> release_callers() |> advance()
+  end
+
+  defp none_serves(in_flight),
+    do: %{in_flight | to: nil, suspects: Suspects.stop(in_flight.suspects)}
+
+  defp lost_call(in_flight, id, %Request{resend: :tool_begun}, _how),
+    do: InFlight.fail(in_flight, id, :tool_begun)
+
+  defp lost_call(in_flight, id, %Request{resend: :caller}, how),
+    do: InFlight.fail(in_flight, id, {:died, callers_failure(how)})
+
+  # Or it is a change that nobody waits for.
+  defp lost_call(in_flight, id, %Request{resend: resend, watch: watch}, how)
+       when (resend == :never and how != :unsent) or watch == nil do
+    failure = if how == :replaced, do: :replaced, else: :python_process_died
+    InFlight.fail(in_flight, id, failure)
+  end
+
+  defp lost_call(%{max_retries: most} = in_flight, id, %{deaths: deaths}, :died)
+       when deaths >= most,
+       do: InFlight.fail(in_flight, id, :python_process_died)
+
+  defp lost_call(in_flight, id, request, how) do
+    InFlight.restarted(request)
+    deaths = if how == :died, do: request.deaths + 1, else: request.deaths
+    resent = if how == :unsent, do: in_flight.resent, else: in_flight.resent + 1
+    hold(%{in_flight | resent: resent}, id, %{request | deaths: deaths, told?: false})
+  end
+
+  defp callers_failure(:died), do: :sent
+  defp callers_failure(:unsent), do: :unsent
+  # It may be resent, and is not blamed.
+  defp callers_failure(_spared_or_replaced), do: :spared
+
+  # A caller that knows other peers need not wait for the next one.
+  defp release_callers(%InFlight{to: nil} = in_flight) do
+    for {id, %Request{resend: :caller}} <- InFlight.at(in_flight, nil), reduce: in_flight do
+      in_flight -> InFlight.fail(in_flight, id, {:died, :unsent})
+    end
+  end
+
+  defp release_callers(in_flight), do: in_flight
 end

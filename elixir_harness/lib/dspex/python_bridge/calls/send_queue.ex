@@ -8,8 +8,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   # (`close/1`). The frame of the writer counts as written, since some of its bytes may be.
   #
   # Keys are the order in the queue: pings come first, then what is to come before all calls, then calls and control
-  # frames by their ids. `about` has the keys of the control frames that belong to a call, by the call's id; some of
-  # them may have been written.
+  # frames by their ids.
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
@@ -22,7 +21,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   @ping_offset 1_000_000_000_000_000_000
 
   @enforce_keys [:port]
-  defstruct [:port, writer: nil, queue: :gb_trees.empty(), about: %{}]
+  defstruct [:port, writer: nil, queue: :gb_trees.empty()]
 
   @typep item ::
            {:request, id :: non_neg_integer(), Deadline.t(), body :: iodata()}
@@ -30,8 +29,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   @opaque t :: %__MODULE__{
             port: transport(),
             writer: {pid(), reference()} | nil,
-            queue: :gb_trees.tree(integer(), item()),
-            about: %{pos_integer() => [pos_integer()]}
+            queue: :gb_trees.tree(integer(), item())
           }
 
   @doc "An empty send queue for a port."
@@ -82,51 +80,21 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     send_queue
   end
 
-  @doc """
-  Sends a control frame, or queues it. `about`: the key of the call that it belongs to, for `drop_about/2`.
-  """
-  @spec push_control(t(), pos_integer(), iodata(), pos_integer() | nil) :: t()
-  def push_control(%__MODULE__{} = send_queue, key, frame, about \\ nil) do
-    pushed = push(send_queue, key, {:control, frame}, Deadline.now())
-
-    if about == nil or not member?(pushed, key),
-      do: pushed,
-      else: %{pushed | about: Map.update(pushed.about, about, [key], &[key | &1])}
-  end
+  @doc "Sends a control frame, or queues it."
+  @spec push_control(t(), pos_integer(), iodata()) :: t()
+  def push_control(%__MODULE__{} = send_queue, key, frame),
+    do: push(send_queue, key, {:control, frame}, Deadline.now())
 
   @doc "Whether the request of an id, or the control frame of a key, still waits to be written."
   @spec member?(t(), pos_integer()) :: boolean()
   def member?(%__MODULE__{queue: queue}, id),
     do: :gb_trees.is_defined(id, queue) or :gb_trees.is_defined(id - @ping_offset, queue)
 
-  @doc "Whether no frame waits to be written, except that of the writer."
-  @spec empty?(t()) :: boolean()
-  def empty?(%__MODULE__{queue: queue}), do: :gb_trees.is_empty(queue)
-
   @doc "Takes a request back that still waits to be written."
   @spec drop(t(), pos_integer()) :: t()
   def drop(%__MODULE__{} = send_queue, id) do
     queue = :gb_trees.delete_any(id, send_queue.queue)
     %{send_queue | queue: :gb_trees.delete_any(id - @ping_offset, queue)}
-  end
-
-  @doc "Takes back the control frames that belong to a call; returns their size."
-  @spec drop_about(t(), pos_integer()) :: {non_neg_integer(), t()}
-  def drop_about(%__MODULE__{about: about} = send_queue, call) when is_map_key(about, call) do
-    {keys, about} = Map.pop!(about, call)
-    Enum.reduce(keys, {0, %{send_queue | about: about}}, &take_out/2)
-  end
-
-  def drop_about(%__MODULE__{} = send_queue, _call), do: {0, send_queue}
-
-  defp take_out(key, {bytes, send_queue}) do
-    case :gb_trees.take_any(key, send_queue.queue) do
-      {{:control, frame}, queue} ->
-        {bytes + IO.iodata_length(frame), %{send_queue | queue: queue}}
-
-      :error ->
-        {bytes, send_queue}
-    end
   end
 
   @doc "To be called with each `:DOWN` of a process: after the writer's, the next frames are sent."

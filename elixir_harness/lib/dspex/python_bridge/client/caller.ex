@@ -54,8 +54,8 @@ defmodule DSPex.PythonBridge.Client.Caller do
          :ok <- Tools.check(entry.programs, {:bridge, entry.name}, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       call = %{server: server, dest: dest, deadline: Deadline.new(timeout, started), args: args}
-      retry = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
-      request = %Request{body: body, change: Change.new(command, args), retry: retry}
+      resend = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
+      request = %Request{body: body, change: Change.new(command, args), resend: resend}
       {:ok, call, %{request | stream?: Keyword.get(opts, :stream, false)}}
     end
   end

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   alias DSPex.PythonBridge.{Client, Error, Protocol}
   alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.OTP.{Deadline, Server}
-  alias DSPex.PythonBridge.Pool.{Coordinator, Handle, Route, Sums}
+  alias DSPex.PythonBridge.Pool.{Handle, Route, Sums}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
 
   # For each call.
@@ -33,20 +33,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   end
 
   def exchange(pool, command, args, timeout, opts) do
-    with {:ok, route} <- prepare(pool, command, args, timeout, opts) do
-      if route.change, do: change(route), else: Route.run(route)
-    end
-  end
-
-  # The bridge of the peer has reported it before it replied.
-  defp change(%Route{handle: %Handle{name: name}, change: {_kind, ids, _stamp}} = route) do
-    coordinator = Process.whereis(Handle.coordinator(name))
-
-    with {:ok, _id, _result, _meta} = made <- Route.run(route) do
-      ids = if ids == :all, do: :all, else: List.wrap(ids)
-      Coordinator.settle(name, route.deadline, coordinator, ids)
-      made
-    end
+    with {:ok, route} <- prepare(pool, command, args, timeout, opts), do: Route.run(route)
   end
 
   @doc "A call with chunks or tools, for `DSPex.PythonBridge.Client.StreamReducer`; `:tools` in `opts`."

@@ -11,8 +11,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   # Sending never blocks the coordinator. A member whose connection is full gets a hello later, which includes everything
   # that was not sent.
 
-  alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.Pool.{Handle, LoadCounters}
   alias DSPex.PythonBridge.Programs.Store
 
   # `:pg` registers a process of that name.
@@ -20,16 +19,14 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   @again_ms 1_000
   @copy_ms 3_600_000
 
-  @enforce_keys [:group, :scope, :pg]
-  defstruct [:group, :scope, :pg, members: MapSet.new(), behind: MapSet.new()]
+  @enforce_keys [:pg]
+  defstruct [:pg, members: MapSet.new(), behind: MapSet.new()]
 
   @typedoc """
-  `scope`: the monitor of the process of `:pg`; `pg`: its reference for this group. `members`: the other coordinators of the
-  group. `behind`: those that get another hello.
+  `pg`: the reference of `:pg` for this group. `members`: the other coordinators of the group. `behind`: those that get
+  another hello.
   """
   @type t :: %__MODULE__{
-          group: atom() | String.t(),
-          scope: reference(),
           pg: reference(),
           members: MapSet.t(pid()),
           behind: MapSet.t(pid())
@@ -41,17 +38,12 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
 
   def join(%Handle{settings: %{cluster: group}} = handle) do
     :erlang.send_after(@copy_ms, self(), :copy)
-    enter(handle, group)
-  end
-
-  defp enter(handle, group) do
     :ets.delete_all_objects(handle.others)
     # The first pool of this node starts the scope for all of them; it stays.
     _started_or_already_there = :pg.start(@scope)
-    scope = :erlang.monitor(:process, @scope, tag: :scope_down)
     {pg, present} = :pg.monitor(@scope, group)
     :ok = :pg.join(@scope, group, self())
-    joined(%__MODULE__{group: group, scope: scope, pg: pg}, handle, present)
+    joined(%__MODULE__{pg: pg}, handle, present)
   end
 
   @doc "The nodes that have a pool of this cluster, this one included."
@@ -61,9 +53,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   def nodes(%Handle{settings: %{cluster: group}}) do
     others = for coordinator <- :pg.get_members(@scope, group), do: node(coordinator)
     Enum.sort(Enum.uniq([node() | others]))
-  rescue
-    # The process of the scope is being restarted.
-    ArgumentError -> [node()]
   end
 
   @doc "Handles a message about the members; `:unknown` if it is another one."
@@ -84,10 +73,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
     }
   end
 
-  # The process of the scope is gone, and with it all groups.
-  def handle_info(%{scope: scope} = cluster, handle, {:scope_down, scope, :process, _, _}),
-    do: enter(handle, cluster.group)
-
   def handle_info(%{behind: behind} = cluster, handle, :greet_again),
     do: greet(%{cluster | behind: MapSet.new()}, handle, behind)
 
@@ -95,11 +80,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
     :erlang.send_after(@copy_ms, self(), :copy)
     greet(cluster, handle, cluster.members)
   end
-
-  # Of an earlier scope.
-  def handle_info(cluster, _handle, {pg, change, _group, _coordinators})
-      when is_reference(pg) and change in [:join, :leave],
-      do: cluster
 
   def handle_info(_cluster, _handle, _message), do: :unknown
 
@@ -116,7 +96,7 @@ defmodule DSPex.PythonBridge.Pool.Cluster do
   def note(%__MODULE__{} = cluster, handle, coordinator, serves?) do
     serves? = serves? and MapSet.member?(cluster.members, coordinator)
 
-    # The number distinguishes one readiness from the next, as in DSPex.PythonBridge.Calls.LoadCounters.
+    # The number distinguishes one readiness from the next, as in DSPex.PythonBridge.Pool.LoadCounters.
     if serves?,
       do: :ets.insert(handle.others, {coordinator, System.unique_integer([:monotonic])}),
       else: :ets.delete(handle.others, coordinator)

@@ -1,31 +1,26 @@
 defmodule DSPex.PythonBridge.Pool.Coordinator do
   @moduledoc false
-  # The process of a pool for what needs an order or a memory: bridges and nodes that have to hear of a change to the
-  # programs; callers that wait until a peer can serve them; the coordinators of other nodes. Calls do not go through it.
+  # The process of a pool for what needs a memory: nodes that have to hear of a change to the programs; callers that wait until a peer can serve them; the coordinators of other nodes. Calls do not go through it.
   #
-  # A change is an ordinary call to one peer, whose bridge puts it into the pool's table and reports it here before it
-  # answers the caller. The other bridges then get what the table has of the programs in question, which is the change
-  # with the latest stamp, so all peers end with the same definitions, in whatever order they get them.
+  # A change is an ordinary call to one peer, whose bridge puts it into the pool's table, and tells all bridges
+  # of the pool and this process before it answers the caller. Each bridge then sends its peer what the table has of the
+  # programs in question, which is the change with the latest stamp, so all peers end with the same definitions, in
+  # whatever order they are told.
   #
   # It never waits for anything. If it crashes, its supervisor restarts it, and its callers ask again.
 
   use GenServer
-  use DSPex.PythonBridge.OTP.ServerGuard
 
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
-  alias DSPex.PythonBridge.Pool.{Cluster, Handle}
-  alias DSPex.PythonBridge.{Programs, Protocol}
+  alias DSPex.PythonBridge.Pool.{Cluster, Handle, LoadCounters}
+  alias DSPex.PythonBridge.Programs
 
   # How often a coordinator that is being restarted is looked for.
   @restart_ms 5
-  # No `create_program` is longer on its way to a peer and back.
-  @recent_ms 600_000
 
   @enforce_keys [:handle, :cluster]
-  # waiting: the aliases of callers, with the monitors of their processes. failed: why no peer of a slot starts. recent:
-  # the ids of programs that bridges were given lately, and those of the time before; `:all` for any.
-  defstruct [:handle, :cluster, waiting: %{}, failed: %{}, recent: {%{}, %{}}]
+  # waiting: the aliases of callers, with the monitors of their processes. failed: why no peer of a slot starts.
+  defstruct [:handle, :cluster, waiting: %{}, failed: %{}]
 
   @doc "Starts the coordinator of a pool."
   @spec start_link(Handle.t()) :: GenServer.on_start()
@@ -59,21 +54,8 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     end
   end
 
-  @doc """
-  Waits, at most until the deadline, until the other bridges and nodes have been sent a change of these programs that a
-  bridge has reported to `coordinator`. One that was restarted since sends what the table has.
-  """
-  @spec settle(atom(), Deadline.t(), pid() | nil, :all | [Programs.Store.id()]) :: :ok
-  def settle(pool, deadline, coordinator, ids) do
-    with :down <- ask(pool, deadline, &{:settle, &1, coordinator, ids}),
-         coordinator when coordinator != nil <- find(pool, deadline),
-         do: settle(pool, deadline, nil, ids),
-         else: (_settled_or_late -> :ok)
-  end
-
-  @doc "The process; nil if there is none by the deadline, or the pool has ended."
-  @spec find(atom(), Deadline.t()) :: pid() | nil
-  def find(pool, deadline) do
+  # nil if there is none by the deadline, or the pool has ended.
+  defp find(pool, deadline) do
     with nil <- Process.whereis(Handle.coordinator(pool)) do
       left = Deadline.left(deadline)
 
@@ -93,16 +75,16 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
   end
 
   @doc """
-  Asks the coordinator of another node for a bridge of its pool, as `DSPex.PythonBridge.Calls.LoadCounters.pick/3`, with the
+  Asks the coordinator of another node for a bridge of its pool, as `DSPex.PythonBridge.Pool.LoadCounters.pick/2`, with the
   readiness of its slot. nil if it has none, or has not answered in `timeout` ms: its node may hang, or have left. Only the
   question is waited for, so such a node does nothing when it wakes.
   """
-  @spec pick_there(pid(), [slot], :least_busy | :longest_up, timeout()) ::
+  @spec pick_there(pid(), [slot], timeout()) ::
           {:ok, pid(), slot} | nil
         when slot: {LoadCounters.index(), since :: non_neg_integer()}
-  def pick_there(coordinator, passed, preference, timeout) do
+  def pick_there(coordinator, passed, timeout) do
     ref = :erlang.alias([:reply])
-    message = {:pick, ref, passed, preference}
+    message = {:pick, ref, passed}
     sent = :erlang.send(coordinator, message, [:nosuspend, :noconnect])
 
     receive do
@@ -129,70 +111,47 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)
     Handle.publish(handle)
-    :erlang.send_after(@recent_ms, self(), :forget_recent)
     {:ok, %__MODULE__{handle: handle, cluster: Cluster.join(handle)}}
   end
 
   @impl GenServer
-  defdelegate format_status(status), to: DSPex.PythonBridge.Bridge.Redaction
+  defdelegate format_status(status), to: ServerGuard
 
   # The pool ends, in order or since its supervisor was killed. After a crash it goes on.
   @impl GenServer
-  def terminate(reason, state) when reason in [:normal, :shutdown, :killed],
-    do: Handle.withdraw(state.handle)
+  def terminate(reason, state) do
+    ServerGuard.ending(reason, fn ->
+      if reason in [:normal, :shutdown, :killed], do: Handle.withdraw(state.handle)
+    end)
+  end
 
-  def terminate(_crash, _state), do: :ok
+  @impl GenServer
+  def handle_call(_stray, _from, state), do: {:reply, {:error, :unknown_call}, state}
+
+  @impl GenServer
+  def handle_cast(_stray, state), do: {:noreply, state}
 
   ## Changes to the programs
 
-  # From the bridge of a slot, whose peer has made the change. The peer has it last, unless the bridge was given another one
-  # of that program since it sent this one.
+  # From a bridge, whose peer has made the change. A later change of it goes its own way.
   @impl GenServer
-  def handle_info({:changed, index, {:create, id, stamp} = change, body}, state) do
-    case Programs.Store.get(state.handle.programs, id) do
-      {^stamp, _body} ->
-        state = give(state, [id], if(recent?(state, id), do: nil, else: index))
-        {:noreply, %{state | cluster: Cluster.spread(state.cluster, change, body)}}
-
-      # A later change counts, which goes its own way.
-      _other ->
-        {:noreply, give(state, [id])}
-    end
-  end
-
-  def handle_info({:changed, _index, {:cleanup, ids, _stamp} = change, body}, state) do
-    state = give(state, ids)
-    {:noreply, %{state | cluster: Cluster.spread(state.cluster, change, body)}}
-  end
-
-  # Other nodes have got it from the new coordinator's hello.
-  def handle_info({:settle, ref, coordinator, ids}, state) do
-    state = if coordinator == self(), do: state, else: give(state, ids)
-    send(ref, {ref, :ok})
-    {:noreply, state}
+  def handle_info({:changed, {kind, ids, stamp} = change, body}, %{handle: handle} = state) do
+    if kind == :cleanup or match?({^stamp, _body}, Programs.Store.get(handle.programs, ids)),
+      do: {:noreply, %{state | cluster: Cluster.spread(state.cluster, change, body)}},
+      else: {:noreply, state}
   end
 
   # Another node has made it.
-  def handle_info({:change, {:create, id, stamp}, body}, state) do
-    later? = Programs.Store.put(state.handle.programs, id, stamp, body)
-    {:noreply, if(later?, do: give(state, [id]), else: state)}
-  end
-
-  def handle_info({:change, {:cleanup, ids, stamp}, _body}, state) do
-    Programs.Store.remove(state.handle.programs, ids, stamp)
-    {:noreply, give(state, ids)}
+  def handle_info({:change, {_kind, ids, _stamp} = change, body}, %{handle: handle} = state) do
+    Programs.Store.apply_change(handle.programs, change, body)
+    Handle.tell_bridges(handle, ids)
+    {:noreply, state}
   end
 
   def handle_info({:hello, coordinator, serves?, exported}, %{cluster: %Cluster{}} = state) do
-    {created, removed} = Programs.Store.merge(state.handle.programs, exported)
-    state = give(state, removed ++ for({id, _stamp, _body} <- created, do: id))
+    Handle.tell_bridges(state.handle, Programs.Store.merge(state.handle.programs, exported))
     cluster = Cluster.announce(state.cluster, state.handle, [coordinator])
     {:noreply, note(%{state | cluster: cluster}, coordinator, serves?)}
-  end
-
-  def handle_info(:forget_recent, %{recent: {recent, _before}} = state) do
-    :erlang.send_after(@recent_ms, self(), :forget_recent)
-    {:noreply, %{state | recent: {%{}, recent}}}
   end
 
   ## Bridges
@@ -214,16 +173,14 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   ## Callers
 
-  def handle_info({:pick, ref, passed, preference}, %{handle: handle} = state) do
+  def handle_info({:pick, ref, passed}, %{handle: handle} = state) do
     # The asker's node may hang.
-    :erlang.send(ref, {ref, pick(handle, passed, preference)}, [:nosuspend, :noconnect])
+    :erlang.send(ref, {ref, pick(handle, passed)}, [:nosuspend, :noconnect])
     {:noreply, state}
   end
 
   # What they have tried may have changed before their message was read.
-  def handle_info({:wait, ref, pid, passed, passed_nodes}, %{handle: handle} = state)
-      when is_reference(ref) and is_pid(pid) and length(passed) >= 0 and
-             length(passed_nodes) >= 0 do
+  def handle_info({:wait, ref, pid, passed, passed_nodes}, %{handle: handle} = state) do
     cond do
       LoadCounters.any?(handle.counters, passed) or
           :ets.tab2list(handle.others) -- passed_nodes != [] ->
@@ -252,62 +209,15 @@ defmodule DSPex.PythonBridge.Pool.Coordinator do
 
   def handle_info(message, state) do
     case Cluster.handle_info(state.cluster, state.handle, message) do
-      :unknown ->
-        ServerGuard.drop(message, __MODULE__)
-        {:noreply, state}
-
-      cluster ->
-        {:noreply, %{state | cluster: cluster}}
+      :unknown -> {:noreply, state}
+      cluster -> {:noreply, %{state | cluster: cluster}}
     end
-  end
-
-  ## What bridges are given
-
-  # What the table has of these programs, to all bridges, or to all but that of a slot.
-  defp give(state, ids, but \\ nil)
-  defp give(state, [], _but), do: state
-
-  defp give(%{handle: handle, recent: {recent, before}} = state, ids, but) do
-    messages = messages(handle.programs, ids)
-
-    for index <- LoadCounters.indexes(handle.counters),
-        index != but,
-        bridge = Process.whereis(Handle.bridge(handle, index)),
-        message <- messages,
-        do: send(bridge, message)
-
-    recent = for id <- List.wrap(ids), into: recent, do: {id, true}
-    %{state | recent: {recent, before}}
-  end
-
-  defp messages(programs, :all) do
-    created = for definition <- Programs.Store.definitions(programs), do: created(definition)
-    [cleaned(:all, %{}) | created]
-  end
-
-  defp messages(programs, ids) do
-    found = for id <- ids, do: {id, Programs.Store.get(programs, id)}
-    removed = for {id, nil} <- found, do: id
-    cleaned = if removed == [], do: [], else: [cleaned(removed, %{program_ids: removed})]
-    cleaned ++ for({id, {stamp, body}} <- found, do: created({id, stamp, body}))
-  end
-
-  defp created({id, stamp, body}), do: {:changed, {:create, id, stamp}, body}
-
-  defp cleaned(ids, args) do
-    {:ok, body} = Protocol.encode_body(:cleanup, args)
-    {:changed, {:cleanup, ids, Programs.Store.stamp()}, body}
-  end
-
-  # Any program may have been removed lately if all were.
-  defp recent?(%{recent: {recent, before}}, id) do
-    Enum.any?([id, :all], &(is_map_key(recent, &1) or is_map_key(before, &1)))
   end
 
   ## Who can serve
 
-  defp pick(%Handle{counters: counters} = handle, passed, preference) do
-    index = LoadCounters.pick(counters, LoadCounters.still(counters, passed), preference)
+  defp pick(%Handle{counters: counters} = handle, passed) do
+    index = LoadCounters.pick(counters, LoadCounters.still(counters, passed))
     bridge = index && Process.whereis(Handle.bridge(handle, index))
     if bridge, do: {:ok, bridge, {index, LoadCounters.ready_since(counters, index)}}
   end

@@ -6,8 +6,8 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   # refused while those under way are still answered.
 
   alias DSPex.PythonBridge.{Pool, Programs}
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Registry
+  alias DSPex.PythonBridge.Pool.LoadCounters
 
   @enforce_keys [:name, :pid, :bridges, :counters, :programs, :others, :settings]
   defstruct @enforce_keys
@@ -63,6 +63,19 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   @doc "The name of the supervisor of the bridges."
   @spec bridges_supervisor(atom()) :: atom()
   def bridges_supervisor(name), do: Module.concat(name, "Bridges")
+
+  @doc "Has the peers of all bridges follow what the table has of these programs."
+  @spec tell_bridges(t(), :all | [Programs.Store.id()] | Programs.Store.id()) :: :ok
+  def tell_bridges(%__MODULE__{bridges: bridges}, ids) do
+    ids = if ids == :all, do: :all, else: List.wrap(ids)
+
+    for name <- Tuple.to_list(bridges),
+        ids != [],
+        bridge = Process.whereis(name),
+        do: send(bridge, {:changed, ids})
+
+    :ok
+  end
 
   @doc "Makes the pool known to callers."
   @spec publish(t()) :: :ok

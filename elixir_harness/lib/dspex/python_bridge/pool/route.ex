@@ -4,18 +4,17 @@ defmodule DSPex.PythonBridge.Pool.Route do
   # node whose peer is up; if there is none, that of another node of the cluster; if there is none either, it waits until
   # that changes. `follow/2` says what a reply means: the result, or that the call is resent, by `next/1` again.
   #
-  # A request that took a peer down may take the next one down, too: after `max_retries` more deaths it fails. Until then
-  # it goes to the peer that has been up longest, so that all such requests meet in one bridge, which finds out which of
-  # them kills (`DSPex.PythonBridge.Calls.Suspects`), and the other peers stay up.
+  # A request that took a peer down may take the next one down, too: after `max_retries` more deaths it fails. From the
+  # second death on it stays with the bridge whose peer died of it last, which resends it to its next peer, and finds out
+  # which of such requests kills (`DSPex.PythonBridge.Calls.Suspects`): so one request never has more than two peers down.
 
   alias DSPex.PythonBridge.{Calls, Client, Error, Programs, Telemetry}
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Pool.{Coordinator, Handle}
+  alias DSPex.PythonBridge.Pool.{Coordinator, Handle, LoadCounters}
   alias DSPex.PythonBridge.Telemetry.Metadata
 
   # For each call.
-  @compile {:inline, send_to: 4, passed: 2, preference: 1}
+  @compile {:inline, send_to: 3, passed: 2, stays?: 1}
 
   # A node that has not answered by then hangs or cannot be reached: the runtime itself takes a minute to notice.
   @reach_ms 2_000
@@ -89,7 +88,10 @@ defmodule DSPex.PythonBridge.Pool.Route do
   end
 
   def next(%__MODULE__{handle: %Handle{counters: counters} = handle} = route) do
-    case LoadCounters.pick(counters, passed(route, :here), preference(route)) do
+    case not stays?(route) && LoadCounters.pick(counters, passed(route, :here)) do
+      false ->
+        send_to(route, route.bridge, route.at)
+
       nil ->
         elsewhere(route)
 
@@ -98,13 +100,13 @@ defmodule DSPex.PythonBridge.Pool.Route do
 
         case Process.whereis(Handle.bridge(handle, index)) do
           nil -> next(%{route | passed: [at | route.passed]})
-          bridge -> send_to(route, bridge, at, LoadCounters.ticket(counters, index))
+          bridge -> LoadCounters.sending(counters, index) && send_to(route, bridge, at)
         end
     end
   end
 
-  defp preference(%__MODULE__{deaths: 0}), do: :least_busy
-  defp preference(_route), do: :longest_up
+  # An optimization needs its program at each peer first.
+  defp stays?(%__MODULE__{deaths: deaths, reach: reach}), do: deaths > 1 and reach != :here
 
   defp passed(%__MODULE__{passed: []}, :here), do: []
 
@@ -114,15 +116,14 @@ defmodule DSPex.PythonBridge.Pool.Route do
   defp passed_at(route, where),
     do: for({^where, index, since} <- route.passed, do: {index, since})
 
-  defp send_to(%__MODULE__{} = route, bridge, at, ticket) do
+  defp send_to(%__MODULE__{} = route, bridge, at) do
     request = %Calls.Request{
       body: route.body,
       change: route.change,
-      retry: :pool,
+      resend: if(stays?(route), do: :bridge, else: :caller),
       deaths: route.deaths,
       spared: route.spared,
-      stream?: route.stream?,
-      ticket: ticket
+      stream?: route.stream?
     }
 
     {:send, request, %{route | bridge: bridge, at: at}}
@@ -150,8 +151,8 @@ defmodule DSPex.PythonBridge.Pool.Route do
     passed = passed_at(route, coordinator)
     wait_ms = min(Deadline.left(route.deadline), @reach_ms)
 
-    case Coordinator.pick_there(coordinator, passed, preference(route), wait_ms) do
-      {:ok, bridge, {index, since}} -> send_to(route, bridge, {coordinator, index, since}, nil)
+    case Coordinator.pick_there(coordinator, passed, wait_ms) do
+      {:ok, bridge, {index, since}} -> send_to(route, bridge, {coordinator, index, since})
       nil -> next(%{route | passed_nodes: [other | route.passed_nodes]})
     end
   end
@@ -184,7 +185,10 @@ defmodule DSPex.PythonBridge.Pool.Route do
   was too busy; with `resend?: false`, not if a peer may have begun it.
   """
   @spec follow(t(), Calls.Request.reply()) :: {:resend, t()} | {:done, Client.Caller.result()}
-  def follow(%__MODULE__{} = route, {:frame, _bytes} = reply) do
+  def follow(%__MODULE__{} = route, reply),
+    do: if(stays?(route), do: {:done, Client.Caller.read(reply)}, else: go_on(route, reply))
+
+  defp go_on(%__MODULE__{} = route, {:frame, _bytes} = reply) do
     case Client.Caller.read(reply) do
       # A peer that has asked LMs or tools before would ask them again: it is not retryable then.
       {:error, %Error{type: :overloaded, retryable: true} = error} ->
@@ -198,30 +202,30 @@ defmodule DSPex.PythonBridge.Pool.Route do
     end
   end
 
-  def follow(%__MODULE__{resend?: false}, {:error, gone}) when gone in @begun do
+  defp go_on(%__MODULE__{resend?: false}, {:error, gone}) when gone in @begun do
     gone = if gone == :bridge_not_running, do: :python_process_died, else: gone
     {:done, Client.Caller.read({:error, gone})}
   end
 
-  def follow(%__MODULE__{} = route, {:error, died})
-      when died in [{:died, :sent}, :python_process_died],
-      do: resend_after_death(route)
+  defp go_on(%__MODULE__{} = route, {:error, died})
+       when died in [{:died, :sent}, :python_process_died],
+       do: resend_after_death(route)
 
-  def follow(%__MODULE__{spared: spared} = route, {:error, {:died, :spared}}),
+  defp go_on(%__MODULE__{spared: spared} = route, {:error, {:died, :spared}}),
     do: {:resend, pass(%{route | spared: spared + 1})}
 
-  def follow(%__MODULE__{} = route, {:error, gone})
-      when gone in [{:died, :unsent}, :replaced, :bridge_not_running],
-      do: {:resend, pass(route)}
+  defp go_on(%__MODULE__{} = route, {:error, gone})
+       when gone in [{:died, :unsent}, :replaced, :bridge_not_running],
+       do: {:resend, pass(route)}
 
   # What a peer says of it tells more.
-  def follow(%__MODULE__{} = route, {:error, :overloaded}) do
+  defp go_on(%__MODULE__{} = route, {:error, :overloaded}) do
     error = route.overloaded || Error.new(:overloaded)
     {:resend, pass(%{route | overloaded: error})}
   end
 
   # Its time has passed, or it is too large.
-  def follow(_route, reply), do: {:done, Client.Caller.read(reply)}
+  defp go_on(_route, reply), do: {:done, Client.Caller.read(reply)}
 
   defp resend_after_death(%__MODULE__{handle: handle, deaths: deaths} = route) do
     if deaths < handle.settings.max_retries do

@@ -9,8 +9,7 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
   use Supervisor
 
   alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
-  alias DSPex.PythonBridge.Calls.LoadCounters
-  alias DSPex.PythonBridge.Pool.{Coordinator, Handle}
+  alias DSPex.PythonBridge.Pool.{Coordinator, Handle, LoadCounters, Slot}
 
   # A peer's death ends no bridge. Bridges end when they are killed or crash; each may do so this often in 5 s before the
   # whole pool restarts.
@@ -62,9 +61,7 @@ defmodule DSPex.PythonBridge.Pool.Supervisor do
   defp bridge_options(%Handle{settings: settings} = handle, index) do
     [
       name: Handle.bridge(handle, index),
-      slot:
-        {handle.counters, index, Handle.coordinator(handle.name),
-         Handle.monitor(handle.name, index)},
+      observer: {Slot, %Slot{handle: handle, index: index}},
       store: handle.programs,
       programs: []
     ] ++ settings.bridge

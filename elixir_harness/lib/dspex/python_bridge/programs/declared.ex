@@ -44,53 +44,48 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       {:error, "it has no id"}
   """
   @spec one(term()) :: {:ok, t()} | {:error, String.t()}
-  def one(entry), do: read(entry)
-
-  defp not_a_list,
-    do: {:error, "expected a list of maps, keyword lists and modules"}
-
-  defp all(list) do
-    entries = for {entry, n} <- Enum.with_index(list, 1), do: {place(entry, n), read(entry)}
-
-    case Enum.find_value(entries, fn {place, read} -> refusal(place, read) end) || twice(entries) do
-      nil -> {:ok, for({_place, {:ok, declared}} <- entries, do: declared)}
-      text -> {:error, text}
-    end
-  end
-
-  defp place(module, n) when is_atom(module), do: "entry #{n} (#{inspect(module)})"
-  defp place(_entry, n), do: "entry #{n}"
-
-  defp refusal(_place, {:ok, _declared}), do: nil
-  defp refusal(place, {:error, text}), do: "#{place}: #{text}"
-
-  defp twice(entries) do
-    ids = for {place, {:ok, {id, _args}}} <- entries, do: {id, place}
-
-    Enum.find_value(Enum.group_by(ids, &elem(&1, 0), &elem(&1, 1)), fn
-      {id, [first, second | _more]} ->
-        "#{shown(id)} is declared twice, by #{first} and by #{second}"
-
-      _once ->
-        nil
-    end)
-  end
-
-  ## One entry
-
-  defp read(module) when is_atom(module) and module not in [nil, true, false] do
+  def one(module) when is_atom(module) and module not in [nil, true, false] do
     with {:module, _} <- Code.ensure_loaded(module),
          true <- function_exported?(module, :definition, 0),
          {:ok, definition} <- definition(module) do
       with {:error, text} <- arguments(definition), do: {:error, "its definition/0: #{text}"}
     else
       {:error, text} when is_binary(text) -> {:error, text}
-      {:error, _reason} -> {:error, "there is no such module"}
-      false -> {:error, "the module has no definition/0"}
+      _neither -> {:error, "there is no such module with a definition/0"}
     end
   end
 
-  defp read(entry), do: arguments(entry)
+  def one(entry), do: arguments(entry)
+
+  defp not_a_list,
+    do: {:error, "expected a list of maps, keyword lists and modules"}
+
+  # In their order, and the places of their ids.
+  defp all(list) do
+    list
+    |> Enum.with_index(1)
+    |> Enum.reduce_while({[], %{}}, fn {entry, n}, {declared, places} ->
+      place = if is_atom(entry), do: "entry #{n} (#{inspect(entry)})", else: "entry #{n}"
+
+      case one(entry) do
+        {:ok, {id, _args}} when is_map_key(places, id) ->
+          text = "#{shown(id)} is declared twice, by #{places[id]} and by #{place}"
+          {:halt, {:error, text}}
+
+        {:ok, {id, _args} = program} ->
+          {:cont, {[program | declared], Map.put(places, id, place)}}
+
+        {:error, text} ->
+          {:halt, {:error, "#{place}: #{text}"}}
+      end
+    end)
+    |> case do
+      {:error, text} -> {:error, text}
+      {declared, _places} -> {:ok, Enum.reverse(declared)}
+    end
+  end
+
+  ## One entry
 
   # User code; its exception may show what it was about.
   defp definition(module) do
@@ -104,25 +99,12 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       {:error, "its definition/0 ended with #{kind}"}
   end
 
-  defp arguments(entry) when is_map(entry) and not is_struct(entry),
-    do: arguments(Map.to_list(entry), entry)
-
-  defp arguments(entry) when is_list(entry) and entry != [] do
-    if Keyword.keyword?(entry), do: arguments(entry, entry), else: arguments(nil)
-  end
-
-  defp arguments(_other),
-    do:
-      {:error,
-       "expected a map or keyword list of create_program's arguments, or a module with definition/0"}
-
-  defp arguments(pairs, _entry) do
-    names = for {key, _value} <- pairs, do: Payload.string(key) || key
-
-    case names -- Enum.uniq(names) do
-      [] -> with_id(Map.new(pairs, fn {key, value} -> {Payload.string(key) || key, value} end))
-      [name | _more] -> {:error, "#{shown(name)} is there twice"}
-    end
+  defp arguments(entry) do
+    if (is_map(entry) and not is_struct(entry)) or (entry != [] and Keyword.keyword?(entry)),
+      do: with_id(Map.new(entry, fn {key, value} -> {Payload.string(key) || key, value} end)),
+      else:
+        {:error,
+         "expected a map or keyword list of create_program's arguments, or a module with definition/0"}
   end
 
   defp with_id(%{"id" => id} = args) do

@@ -32,8 +32,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @opaque exported :: [tuple()]
 
   # Rows: {{:program, id}, stamp, body}, {{:removed, id}, stamp, nil}, {:removed_all, stamp, nil}. For this node
-  # alone: {{:declared, id}, stamp, body}; {{:facts, id}, stamp, facts, calls}, what was read from the definition
-  # with that stamp; {:undeclared, why}, the declarations that are not definitions, with their stamps and errors;
+  # alone: {{:declared, id}, stamp, body}; {{:facts, id}, stamp, facts}, what was read from the definition
+  # with that stamp; {{:warned, id}}, of `first_without_tools?/2`; {:undeclared, why}, the declarations that are not definitions, with their stamps and errors;
   # {:removals, count}.
 
   @doc "An empty table of the calling process."
@@ -101,22 +101,6 @@ defmodule DSPex.PythonBridge.Programs.Store do
         do: {id, error}
   end
 
-  @doc "Whether a term is a change, with or without a stamp."
-  @spec change?(term()) :: boolean()
-  def change?({:create, id, stamp}), do: id?(id) and stamp?(stamp)
-  def change?({:cleanup, :all, stamp}), do: stamp?(stamp)
-  def change?({:cleanup, ids, stamp}), do: all?(ids, &id?/1) and stamp?(stamp)
-  def change?(_other), do: false
-
-  defp id?(id), do: is_binary(id) and String.valid?(id)
-
-  defp stamp?({time, count, node}),
-    do: is_integer(time) and is_integer(count) and is_atom(node)
-
-  defp stamp?(stamp), do: stamp == nil
-
-  defp all?(list, fun), do: is_list(list) and not List.improper?(list) and Enum.all?(list, fun)
-
   @doc """
   Stores a definition; `body` comes from `DSPex.PythonBridge.Protocol.encode_body/3`. Returns false if the table has a
   later change of the program, or a later removal.
@@ -132,8 +116,10 @@ defmodule DSPex.PythonBridge.Programs.Store do
   def put(table, id, stamp, body) do
     {kind, news?} =
       if declared?(stamp),
-        do: {:declared, declare_first(table, id, stamp, body)},
+        do: {:declared, :ets.insert_new(table, {{:declared, id}, stamp, body})},
         else: {:program, replace(table, {:program, id}, stamp, body)}
+
+    :ets.delete(table, {:warned, id})
 
     # Read after the write: a removal writes its tombstone first, so one of the two sees the other.
     if stamp < removed_at(table, id) do
@@ -144,11 +130,6 @@ defmodule DSPex.PythonBridge.Programs.Store do
     end
   end
 
-  defp declare_first(table, id, stamp, body),
-    do:
-      :ets.insert_new(table, {{:declared, id}, stamp, body}) and
-        not :ets.member(table, {:program, id})
-
   @doc "Removes all definitions, or those of these ids, that are older than `stamp`."
   @spec remove(table(), :all | [id()], stamp()) :: :ok
   def remove(table, :all, stamp) do
@@ -157,7 +138,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
     delete_older(table, {:declared, :_}, stamp)
     # The row above includes these tombstones.
     delete_older(table, {:removed, :_}, stamp)
-    :ets.match_delete(table, {{:facts, :_}, :_, :_, :_})
+    :ets.match_delete(table, {{:facts, :_}, :_, :_})
+    :ets.match_delete(table, {{:warned, :_}})
     :ok
   end
 
@@ -171,6 +153,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     delete_older(table, {:program, id}, stamp)
     delete_older(table, {:declared, id}, stamp)
     :ets.delete(table, {:facts, id})
+    :ets.delete(table, {:warned, id})
     :ok
   end
 
@@ -202,10 +185,10 @@ defmodule DSPex.PythonBridge.Programs.Store do
   """
   @spec facts(table(), id(), (binary() -> facts | nil)) :: facts | nil when facts: map()
   def facts(table, id, read) do
-    with stamp when stamp != nil <- current(table, id) do
+    with {stamp, body} <- get(table, id) do
       case :ets.lookup(table, {:facts, id}) do
-        [{_key, ^stamp, facts, _calls}] -> facts
-        _none_or_of_another -> read_facts(table, id, read)
+        [{_key, ^stamp, facts}] -> facts
+        _none_or_of_another -> tap(read.(body), &:ets.insert(table, {{:facts, id}, stamp, &1}))
       end
     end
   rescue
@@ -213,33 +196,11 @@ defmodule DSPex.PythonBridge.Programs.Store do
     ArgumentError -> nil
   end
 
-  defp current(table, id) do
-    :ets.lookup_element(table, {:program, id}, 2, nil) ||
-      :ets.lookup_element(table, {:declared, id}, 2, nil)
-  end
-
-  defp read_facts(table, id, read) do
-    with {stamp, body} <- get(table, id) do
-      facts = read.(body)
-      row = {{:facts, id}, stamp, facts, 0}
-
-      unless :ets.insert_new(table, row) do
-        :ets.select_replace(table, [
-          {{{:facts, id}, :"$1", :_, :_}, [{:"/=", :"$1", {:const, stamp}}],
-           [{{{:element, 1, :"$_"}, {:const, stamp}, {:const, facts}, 0}}]}
-        ])
-      end
-
-      facts
-    end
-  end
-
-  @doc "Whether this is the first call without tools of a program that `facts/3` knows."
+  @doc "Whether this is the first call without tools of a program."
   @spec first_without_tools?(table(), id()) :: boolean()
   def first_without_tools?(table, id) do
-    :ets.update_counter(table, {:facts, id}, {4, 1}) == 1
+    :ets.insert_new(table, {{:warned, id}})
   rescue
-    # It has just been removed.
     ArgumentError -> false
   end
 
@@ -251,9 +212,9 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @spec definitions(table()) :: [definition()]
   def definitions(table) do
     (rows(table, :declared) ++ rows(table, :program))
-    |> Map.new(fn {id, _stamp, _body} = definition -> {id, definition} end)
+    |> Map.new(&{elem(&1, 0), &1})
     |> Map.values()
-    |> Enum.sort_by(fn {_id, stamp, _body} -> stamp end)
+    |> Enum.sort_by(&elem(&1, 1))
   end
 
   # The created ones come last, to replace the declared ones in a map.
@@ -270,25 +231,14 @@ defmodule DSPex.PythonBridge.Programs.Store do
   @spec export(table()) :: exported()
   def export(table) do
     for {key, _stamp, _body} = row <- :ets.tab2list(table),
-        not match?({:declared, _id}, key),
+        not match?({kind, _id} when kind in [:declared, :facts], key),
         do: row
   end
 
-  @doc "Whether a term has the form of an exported table: it may come from another version."
-  @spec exported?(term()) :: boolean()
-  def exported?(rows), do: all?(rows, &row?/1)
-
-  defp row?({_key, nil, _body}), do: false
-  defp row?({{:program, id}, stamp, body}), do: id?(id) and stamp?(stamp) and is_binary(body)
-  defp row?({{:removed, id}, stamp, nil}), do: id?(id) and stamp?(stamp)
-  defp row?({:removed_all, stamp, nil}), do: stamp?(stamp)
-  defp row?(_other), do: false
-
   @doc """
-  Adopts the later changes of another table. Returns the definitions that count from now on, oldest first, which a removal
-  may have uncovered, and the ids of those that are gone.
+  Adopts the later changes of another table. Returns the ids of the programs that have another definition now, or none.
   """
-  @spec merge(table(), exported()) :: {[definition()], removed :: [id()]}
+  @spec merge(table(), exported()) :: [id()]
   def merge(table, exported) do
     before = stamps(table)
 
@@ -301,9 +251,8 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
     prune(table)
     for {{:program, id}, stamp, body} <- exported, do: put(table, id, stamp, body)
-    now = definitions(table)
-    changed = Enum.reject(now, fn {id, stamp, _body} -> before[id] == stamp end)
-    {changed, Map.keys(Map.drop(before, Enum.map(now, &elem(&1, 0))))}
+    now = stamps(table)
+    for id <- Map.keys(Map.merge(before, now)), before[id] != now[id], do: id
   end
 
   # Atomic: a later row is not overwritten by an earlier one.

@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Programs.Tools do
   require Logger
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.Programs.{Change, Definition, Store}
+  alias DSPex.PythonBridge.Programs.{Change, Declared, Definition, Store}
 
   @typedoc "What the program is called through, for the log."
   @type whose :: {:bridge | :pool, term()}
@@ -52,14 +52,17 @@ defmodule DSPex.PythonBridge.Programs.Tools do
 
       unknown ->
         has = if names == [], do: "it has none", else: "it has #{Enum.join(names, ", ")}"
-        text = ":tools: program #{shown(id)} has no tool #{Enum.join(unknown, ", ")}; #{has}"
+
+        text =
+          ":tools: program #{Declared.shown(id)} has no tool #{Enum.join(unknown, ", ")}; #{has}"
+
         {:error, Error.new(:invalid_args, text)}
     end
   end
 
   defp warn({kind, server}, id, names) do
     text =
-      "#{kind} #{inspect(server)}: program #{shown(id)} is called without its tools " <>
+      "#{kind} #{inspect(server)}: program #{Declared.shown(id)} is called without its tools " <>
         "(#{Enum.join(names, ", ")}): pass them as tools: to #{module(kind)}.request or " <>
         "#{module(kind)}.stream. Further calls without them are not logged"
 
@@ -68,6 +71,4 @@ defmodule DSPex.PythonBridge.Programs.Tools do
 
   defp module(:bridge), do: "Bridge"
   defp module(:pool), do: "Pool"
-
-  defp shown(id), do: id |> inspect(printable_limit: 100) |> String.trim("\"")
 end

@@ -7,9 +7,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Protocol}
-  alias DSPex.PythonBridge.Bridge.Redaction
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.{Bridge, Error}
   alias DSPex.Test.Exits
 
   defmodule Names do
@@ -55,26 +53,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert %{state: :starting, pending: 0, restarts: 0} = Bridge.get_status(bridge)
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
       assert %{state: :running} = Bridge.get_status(bridge)
-    end
-
-    test "a bridge counts as running as soon as its name is registered" do
-      name = __MODULE__.Named
-
-      callers =
-        Task.async(fn ->
-          assert_receive {:registered, bridge}, 5_000
-          call = Task.async(fn -> Bridge.call(name, :echo, %{a: 1}) end)
-          status = Task.async(fn -> Bridge.get_status(name) end)
-          waiting = fn -> Process.info(bridge, :message_queue_len) == {:message_queue_len, 2} end
-          # Both, or neither: a caller that gets "not running" at once waits for nothing.
-          eventually(fn -> waiting.() or not Process.alive?(call.pid) end)
-          send(bridge, :go_on)
-          {Task.await(call), Task.await(status)}
-        end)
-
-      via = {:via, __MODULE__.Names, {name, callers.pid}}
-      start_supervised!({Bridge, "echo" |> fake_opts() |> Keyword.put(:name, via)})
-      assert {{:ok, %{"args" => %{"a" => 1}}}, %{state: :starting}} = Task.await(callers)
     end
 
     test "a call that waits for the start times out on time, and is never sent" do
@@ -148,15 +126,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert {:ok, %{"timeout_ms" => nil}} = Bridge.call(bridge, :echo, %{}, :infinity)
     end
 
-    test "default_timeout is that of the bridge" do
-      bridge = start_up("echo", default_timeout: 7_000)
-      assert {:ok, %{"timeout_ms" => ms}} = Bridge.call(bridge, :echo, %{})
-      assert ms in 6_900..7_000
-      silent = start_supervised!({Bridge, fake_opts("silent", default_timeout: 50)}, id: :silent)
-      eventually(fn -> Bridge.get_status(silent).state == :running end)
-      assert Bridge.call(silent, :ping) == {:error, :timeout}
-    end
-
     test "never exits or raises, for any arguments" do
       bridge = start_up("echo")
 
@@ -206,20 +175,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       bridge
     end
 
-    test "a request over max_frame_bytes fails before it is sent" do
-      bridge = start_up("echo", max_frame_bytes: 1_000)
-
-      assert {:error, text} =
-               Bridge.call(bridge, :echo, %{a: String.duplicate("x", 1_000)}, 1_000)
-
-      assert text =~ "max_frame_bytes is 1000"
-
-      assert {:error, %Error{type: :frame_too_large}} =
-               Bridge.request(bridge, :echo, %{a: String.duplicate("x", 1_000)}, timeout: 1_000)
-
-      assert {:ok, _} = Bridge.call(bridge, :echo, %{a: String.duplicate("x", 800)}, 1_000)
-    end
-
     test "a reply over max_frame_bytes is an error, any other such frame is dropped" do
       bridge = start_up("plays", max_frame_bytes: 1_000)
       run = &Bridge.request(bridge, :execute_program, %{program_id: "p", play: &1}, &2)
@@ -241,19 +196,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
 
       assert text =~ ~r/\Athe reply has 10\d\d bytes; max_frame_bytes is 1000\z/
       assert {:ok, _text, _meta} = run.([["long", "reply", 900]], [])
-    end
-
-    test "a request of exactly max_frame_bytes is sent" do
-      {:ok, body} = Protocol.encode_body(:echo, %{a: ""})
-      # The start's ping had id 1.
-      size = fn id -> IO.iodata_length(Protocol.request_frame(id, :infinity, body)) end
-      bridge = start_up("echo", max_frame_bytes: 1_000)
-      fits = String.duplicate("x", 1_000 - size.(2))
-      # It is sent: the echo with what surrounds it is too large to come back.
-      assert {:error, "the reply has " <> _} = Bridge.call(bridge, :echo, %{a: fits}, :infinity)
-
-      assert {:error, "the request has " <> _} =
-               Bridge.call(bridge, :echo, %{a: fits <> "x"}, :infinity)
     end
 
     test "leaves no monitor and no large frame in the bridge" do
@@ -291,20 +233,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
   end
 
   describe "request/4" do
-    test "gives meta, and errors as structs" do
-      bridge = start_up("echo")
-      assert {:ok, %{"args" => %{"a" => 1}}, %{}} = Bridge.request(bridge, :echo, %{a: 1}, [])
-
-      assert {:error, %Error{type: :invalid_args}} =
-               Bridge.request(bridge, :echo, %{a: self()}, [])
-
-      assert {:error, %Error{type: :bridge_not_running, retryable: true}} =
-               Bridge.request(:nobody, :ping, %{}, [])
-
-      assert {:error, %Error{type: :timeout}} =
-               Bridge.request(start_up_silent(), :ping, %{}, timeout: 20)
-    end
-
     test "says which bridge is not running: there is none, or it stops during the call" do
       for server <- [:nobody, {:global, "no body"}, {:via, Registry, {Nowhere, 1}}, "text"] do
         text = "the bridge #{inspect(server)} is not running"
@@ -328,15 +256,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       eventually(fn -> pending(bridge) == 2 end)
       :ok = Bridge.stop(bridge)
       for task <- tasks, do: assert({:error, %Error{message: ^text}} = Task.await(task))
-    end
-
-    test "refuses an option it does not know, by name" do
-      assert {:error, %Error{type: :invalid_request, message: message}} =
-               Bridge.request(:any, :ping, %{}, patience: 5)
-
-      assert message =~ ":patience"
-      assert {:error, %Error{message: message}} = Bridge.request(:any, :ping, %{}, 5)
-      assert message =~ "keyword list"
     end
   end
 
@@ -369,26 +288,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert messages() == []
     end
 
-    test "a late reply within the timeout reaches its own caller" do
-      bridge = start_up("late")
-      task = Task.async(fn -> Bridge.call(bridge, :late, %{}, 5_000) end)
-      eventually(fn -> pending(bridge) == 1 end)
-      assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
-      assert Task.await(task) == {:ok, %{"late" => true}}
-      assert %{late_replies: 0, pending: 0} = Bridge.get_status(bridge)
-    end
-
-    test "the caller dies: its call is gone, the bridge lives" do
-      bridge = start_up("late")
-      {pid, monitor} = spawn_monitor(fn -> Bridge.call(bridge, :late, %{}, :infinity) end)
-      eventually(fn -> pending(bridge) == 1 end)
-      Process.exit(pid, :kill)
-      assert_receive {:DOWN, ^monitor, :process, ^pid, :killed}
-      eventually(fn -> pending(bridge) == 0 end)
-      assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
-      eventually(fn -> Bridge.get_status(bridge).late_replies == 1 end)
-    end
-
     test "of two replies the first counts; replies under unknown ids are dropped" do
       bridge = start_up("twice")
 
@@ -418,17 +317,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert text =~ "no valid reply"
       assert {:error, %Error{type: :internal}} = Bridge.request(bridge, :broken, %{}, [])
       assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
-    end
-
-    test "past max_pending a call is :overloaded at once; room comes back" do
-      bridge = start_up("silent", max_pending: 3)
-      tasks = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 300) end)
-      eventually(fn -> pending(bridge) == 3 end)
-      {ms, result} = timed(fn -> Bridge.call(bridge, :ping, %{}, 5_000) end)
-      assert result == {:error, :overloaded}
-      assert ms < 50
-      assert Task.await_many(tasks) == List.duplicate({:error, :timeout}, 3)
-      assert pending(bridge) == 0
     end
   end
 
@@ -529,16 +417,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       refute os_pid(bridge) == old
     end
 
-    test "with calls still queued: they wait for the next peer", %{tmp_dir: dir} do
-      file = Path.join(dir, "there")
-      bridge = start("needs_a_file", env: %{"FAKE_FILE" => file}, max_retries: 10)
-      task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 10_000) end)
-      eventually(fn -> match?(%{pending: 1, state: :restarting}, Bridge.get_status(bridge)) end)
-      File.write!(file, "")
-      assert {:ok, _} = Task.await(task, 10_000)
-      assert %{state: :running, last_error: nil} = Bridge.get_status(bridge)
-    end
-
     test "in the middle of a frame" do
       bridge = start_up("dies_mid_frame", max_retries: 1)
       assert Bridge.call(bridge, :ping, %{}, 5_000) == {:error, :python_process_died}
@@ -575,22 +453,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       other = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 30_000) end)
       for task <- deadly, do: assert(Task.await(task, 30_000) == {:error, :python_process_died})
       assert {:ok, _} = Task.await(other, 30_000)
-    end
-
-    test "after it has answered calls, again and again: it always comes back" do
-      bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}, max_retries: 0)
-
-      for n <- 1..5 do
-        assert {:ok, _} = Bridge.call(bridge, :ping, %{}, 5_000)
-        assert Bridge.call(bridge, :die, %{}, 5_000) == {:error, :python_process_died}
-        eventually(fn -> match?(%{state: :running, restarts: ^n}, Bridge.get_status(bridge)) end)
-      end
-    end
-
-    test "again and again: each death is one restart, however many messages report it" do
-      bridge = start_up("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}, max_retries: 4)
-      assert Bridge.call(bridge, :die, %{}, 10_000) == {:error, :python_process_died}
-      eventually(fn -> match?(%{state: :running, restarts: 5}, Bridge.get_status(bridge)) end)
     end
   end
 
@@ -701,10 +563,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert {:ok, _} = Bridge.call(bridge, :echo, %{}, 5_000)
       eventually(fn -> Enum.filter(pids, &alive?/1) == [os_pid(bridge)] end)
     end
-
-    test "returns an error when the bridge is not running" do
-      assert Bridge.restart(:nobody) == {:error, :bridge_not_running}
-    end
   end
 
   describe "no process is left" do
@@ -736,75 +594,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       # It has been sent its end; the system carries that out.
       eventually(fn -> not alive?(child) end, 500)
     end
-
-    test "after the bridge was killed" do
-      bridge = start_up("stubborn")
-      os_pid = os_pid(bridge)
-      Process.exit(bridge, :kill)
-      # The promise is 1 s, the grace within it 0.7 s; a loaded machine is not held to it.
-      eventually(fn -> not alive?(os_pid) end)
-    end
-
-    test "after a peer has died: its child is killed, too" do
-      bridge = start_up("stubborn")
-      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
-      kill(os_pid(bridge))
-      eventually(fn -> not alive?(child) end)
-    end
-  end
-
-  test "no report of the bridge shows secrets, requests or replies" do
-    opts =
-      fake_opts("never_reads", lm_options: %{api_key: "sk-secret"}, env: %{"KEY" => "sk-secret"})
-
-    {:ok, bridge} = start_supervised(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
-    eventually(fn -> Bridge.get_status(bridge).state == :running end)
-    :ok = Bridge.cast(bridge, :big, %{a: String.duplicate("x", 3_000_000)})
-    :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
-
-    refute inspect(:sys.get_state(bridge), limit: :infinity) =~ "sk-secret"
-    status = inspect(:sys.get_status(bridge), limit: :infinity, printable_limit: :infinity)
-    refute status =~ "sk-secret"
-    refute status =~ "the contents"
-
-    log =
-      ExUnit.CaptureLog.capture_log(fn ->
-        monitor = Process.monitor(bridge)
-        # What a function is called with that has no clause for it is in the exit reason.
-        :sys.replace_state(
-          bridge,
-          &update_in(&1.in_flight.calls, fn calls -> {:broken, calls} end)
-        )
-
-        :sys.suspend(bridge)
-        :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
-        # This one is then still in its mailbox.
-        :ok = Bridge.cast(bridge, :small, %{a: "the contents"})
-        # A crash report shows these.
-        assert {:messages, []} = Process.info(bridge, :messages)
-        :sys.resume(bridge)
-        assert_receive {:DOWN, ^monitor, :process, ^bridge, _reason}
-      end)
-
-    assert log =~ "terminating"
-    refute log =~ "sk-secret"
-    refute log =~ "the contents"
-  end
-
-  test "events of :sys.log/2 are shown without contents" do
-    request = %Request{ref: make_ref(), pid: self(), timeout: 5, body: "the contents"}
-    message = {:request, request}
-    events = [{:in, message}, {:in, message, :state}, {:noreply, "the contents"}, "the contents"]
-    %{log: shown} = Redaction.format_status(%{log: events})
-    assert [{:in, {:request, _, _, 5, :redacted}}, {:in, _, :state}, :redacted, :redacted] = shown
-    refute inspect(shown) =~ "the contents"
-
-    result = {:tool_result, hd(Port.list()), 1, "the contents"}
-
-    %{log: shown} =
-      Redaction.format_status(%{log: [{:in, {:request, "the contents"}}, {:in, result}]})
-
-    assert [{:in, {:request, :redacted}}, {:in, {:tool_result, _, 1, :redacted}}] = shown
   end
 
   test "log lines name the bridge and the Python process" do

@@ -54,15 +54,6 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
     assert none == %{}
   end
 
-  test "come from the configuration; options win over it" do
-    put_config(:python_bridge, programs: [@qa, Triage])
-    start_who([])
-    assert programs() == %{"qa" => "q -> a", "triage" => "ticket -> team"}
-    stop_supervised!(@name)
-    start_who(programs: [Triage])
-    assert programs() == %{"triage" => "ticket -> team"}
-  end
-
   test "are there after the peer's death; one that was created in their place stays, one that was removed does not come back" do
     start_who(programs: [@qa, Triage, %{id: "gone", signature: "q -> a"}])
     {:ok, _} = Bridge.call(@name, :create_program, %{id: "qa", signature: "q -> b"}, @ms)
@@ -79,31 +70,6 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
     kill_bridge()
     assert {:ok, %{"signature" => "q -> a"}} = later(fn -> execute("qa") end)
     assert Enum.sort(Map.keys(programs())) == ["gone", "qa", "triage"]
-  end
-
-  test "tools are compared with theirs" do
-    tools = [%{name: "stock", args: %{sku: %{type: "string"}}}]
-
-    start_who(
-      programs: [%{id: "agent", program_type: "react", signature: "q -> a", tools: tools}]
-    )
-
-    args = %{program_id: "agent", inputs: %{q: "?"}}
-    ask = &Bridge.request(@name, :execute_program, args, timeout: @ms, tools: &1)
-
-    assert {:error, %Error{type: :invalid_args, message: message}} = ask.(%{stok: & &1})
-    assert message == ":tools: program agent has no tool stok; it has stock"
-    assert {:ok, %{"signature" => "q -> a"}, _meta} = ask.(%{stock: & &1})
-    log = capture_log(fn -> assert {:ok, _} = execute("agent") end)
-    assert log =~ "program agent is called without its tools (stock)"
-  end
-
-  test "a cleanup of all removes them" do
-    start_who(programs: [@qa])
-    assert programs() == %{"qa" => "q -> a"}
-    assert {:ok, _} = Bridge.call(@name, :cleanup, %{}, @ms)
-    kill(Bridge.get_status(@name).os_pid)
-    assert programs() == %{}
   end
 
   describe "below DSPex.PythonBridge.Supervisor" do
@@ -129,15 +95,6 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
       eventually(fn -> Process.whereis(__MODULE__.Tree) not in [tree, nil] end)
       assert {:ok, %{"signature" => "q -> a"}} = later(fn -> execute("qa") end)
       assert {:ok, %{"signature" => "ticket -> team"}} = execute("triage")
-    end
-
-    test "may be among the options of the bridge, or in the configuration" do
-      start_tree(bridge: [programs: [Triage]])
-      assert programs() == %{"triage" => "ticket -> team"}
-      stop_supervised!(__MODULE__.Tree)
-      put_config(:python_bridge, programs: [@qa])
-      start_tree([])
-      assert programs() == %{"qa" => "q -> a"}
     end
 
     test "a wrong declaration in the configuration refuses the bridge" do

@@ -59,22 +59,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert %{restarts: 1, pending: 0, late_replies: 0} = Bridge.get_status(bridge)
     end
 
-    test "time out on time all the same" do
-      bridge = start_up(fake_opts("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}))
-      {ms, result} = timed(fn -> Bridge.call(bridge, :die, %{}, 60) end)
-      assert result == {:error, :timeout}
-      assert ms < 1_000
-    end
-
-    test "are not sent again with retry: false" do
-      bridge = start_up(fake_opts("needs_a_file", env: %{"FAKE_FILE" => "/dev/null"}))
-
-      assert {:error, %Error{type: :python_process_died, retryable: true}} =
-               Bridge.request(bridge, :die, %{}, retry: false, timeout: 10_000)
-
-      eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
-    end
-
     test "one that kills each time is sent 1 + max_retries times; its neighbours lose nothing", %{
       tmp_dir: dir
     } do
@@ -94,25 +78,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert good == for(n <- 1..21, n != 11, do: {:ok, %{"answer" => "#{n}"}})
       assert length(noted(dir, "deadly")) == 4
       eventually(fn -> match?(%{pending: 0, state: :running}, Bridge.get_status(bridge)) end)
-    end
-
-    test "and new ones, too, while one call kills after some time", %{tmp_dir: dir} do
-      bridge = start(host_opts(dir, max_retries: 2))
-      create(bridge, "nap", "host:Nap")
-      create(bridge, "deadly", "host:Deadly")
-      deadly = Task.async(fn -> execute(bridge, "deadly", "0.2") end)
-
-      neighbours =
-        for n <- 1..8 do
-          Task.async(fn -> for m <- 1..4, do: {{n, m}, execute(bridge, "nap", "#{n} #{m}")} end)
-        end
-
-      assert Task.await(deadly, 60_000) == {:error, :python_process_died}
-      assert length(noted(dir, "deadly")) == 3
-
-      for answers <- Task.await_many(neighbours, 60_000), {{n, m}, answer} <- answers do
-        assert answer == {:ok, %{"answer" => "#{n} #{m}"}}
-      end
     end
   end
 
@@ -138,15 +103,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       {:ok, _} = Bridge.call(bridge, :cleanup)
       kill_peer(bridge)
       assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
-    end
-
-    test "a definition that the peer refused is not kept", %{tmp_dir: dir} do
-      bridge = start(host_opts(dir))
-      create(bridge, "one")
-      args = %{id: "one", signature: "question -> answer: nonsense"}
-      assert {:error, _text} = Bridge.call(bridge, :create_program, args)
-      kill_peer(bridge)
-      assert {:ok, %{"answer" => _}} = execute(bridge, "one")
     end
 
     test "one that no longer loads makes only its own runs fail, with the reason", %{
@@ -263,22 +219,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert Bridge.restart(bridge) == :ok
       assert {:ok, _} = Bridge.call(bridge, :ping)
     end
-
-    test "while the old peer dies: the calls go to the new one", %{tmp_dir: dir} do
-      bridge = start(host_opts(dir))
-      create(bridge, "nap", "host:Nap")
-      %{os_pid: old} = Bridge.get_status(bridge)
-      napping = for n <- 1..5, do: Task.async(fn -> execute(bridge, "nap", "#{n}") end)
-      restart = Task.async(fn -> Bridge.restart(bridge) end)
-      eventually(fn -> Bridge.get_status(bridge).restarts == 1 end)
-      kill(old)
-
-      for {task, n} <- Enum.zip(napping, 1..5),
-          do: assert(Task.await(task, 30_000) == {:ok, %{"answer" => "#{n}"}})
-
-      assert Task.await(restart, 30_000) == :ok
-      assert %{restarts: 1} = Bridge.get_status(bridge)
-    end
   end
 
   describe "stop" do
@@ -295,30 +235,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
           do: assert(Task.await(task) == {:ok, %{"answer" => "#{n}"}})
 
       eventually(fn -> not alive?(os_pid) end)
-    end
-
-    test "accepts no new calls, and still answers get_status", %{tmp_dir: dir} do
-      bridge = start(host_opts(dir))
-      create(bridge, "nap", "host:Nap")
-      napping = Task.async(fn -> execute(bridge, "nap", "slept") end)
-      eventually(fn -> match?({:ok, %{"in_flight" => 1}}, Bridge.call(bridge, :get_stats)) end)
-      stopping = Task.async(fn -> Bridge.stop(bridge) end)
-      eventually(fn -> Bridge.call(bridge, :ping) == {:error, :bridge_not_running} end)
-      assert %{state: :running, pending: 1} = Bridge.get_status(bridge)
-      assert Task.await(napping) == {:ok, %{"answer" => "slept"}}
-      assert Task.await(stopping) == :ok
-    end
-
-    test "fails the calls of a peer that dies meanwhile" do
-      bridge = start_up(fake_opts("silent"))
-      call = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 10_000) end)
-      eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
-      %{os_pid: os_pid} = Bridge.get_status(bridge)
-      stopping = Task.async(fn -> Bridge.stop(bridge) end)
-      eventually(fn -> Bridge.call(bridge, :ping, %{}, 50) == {:error, :bridge_not_running} end)
-      kill(os_pid)
-      assert Task.await(call) == {:error, :python_process_died}
-      assert Task.await(stopping) == :ok
     end
   end
 end

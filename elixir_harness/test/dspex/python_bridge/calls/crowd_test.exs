@@ -8,96 +8,9 @@ defmodule DSPex.PythonBridge.Calls.CrowdTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Calls, Options, Programs}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, Handover, InFlight, Request}
+  alias DSPex.PythonBridge.Bridge
 
   @moduletag timeout: 30_000
-
-  describe "played through" do
-    @count 30_000
-
-    # A peer that reads everything and answers nothing by itself.
-    defp attach(in_flight) do
-      args = ["-c", "cat > /dev/null 2> /dev/null; :"]
-      port = Port.open({:spawn_executable, "/bin/sh"}, [{:packet, 4}, args: args])
-      {port, Handover.attach(in_flight, port)}
-    end
-
-    # A peer that has all the calls, and the next one.
-    defp crowd(max_retries) do
-      {:ok, options} = Options.new(max_retries: max_retries)
-      {port, in_flight} = attach(InFlight.new(options, Programs.Store.new()))
-
-      in_flight =
-        each(Handover.serve(in_flight, port), fn _, in_flight ->
-          request = %Request{ref: make_ref(), pid: self(), body: "body"}
-          Calls.accept(in_flight, request)
-        end)
-
-      {next, in_flight} = attach(written(in_flight))
-      {port, next, in_flight}
-    end
-
-    # A call that still waits to be written would be taken back.
-    defp written(in_flight) do
-      if Dispatcher.all_written?(in_flight) do
-        in_flight
-      else
-        assert_receive {:DOWN, monitor, :process, _pid, _reason}, 10_000
-        written(Dispatcher.written(in_flight, monitor))
-      end
-    end
-
-    defp each(in_flight, fun), do: Enum.reduce(1..@count, in_flight, fun)
-
-    # A failed assertion would show all of it.
-    defp busy?(in_flight, port, wanted), do: true = Dispatcher.busy?(in_flight, port) == wanted
-
-    test "after each reply it is known whether an old peer has more to answer" do
-      {old, next, in_flight} = crowd(3)
-
-      in_flight =
-        in_flight
-        |> Handover.serve(next)
-        |> each(fn id, in_flight ->
-          busy?(in_flight, old, true)
-          {:ok, in_flight} = Calls.deliver(in_flight, old, id, "reply")
-          in_flight
-        end)
-
-      busy?(in_flight, old, false)
-    end
-
-    test "so it is after each call that is given up" do
-      {old, next, in_flight} = crowd(3)
-
-      in_flight =
-        in_flight
-        |> Handover.serve(next)
-        |> each(fn id, in_flight ->
-          busy?(in_flight, old, true)
-          Calls.abandon(in_flight, id)
-        end)
-
-      busy?(in_flight, old, false)
-    end
-
-    test "after a death suspects are sent to the next peer alone, and all are answered" do
-      {dead, next, in_flight} = crowd(1)
-
-      in_flight =
-        in_flight
-        |> Handover.lost(dead, :died)
-        |> Handover.serve(next)
-        |> each(fn n, in_flight ->
-          # The youngest first.
-          {:ok, in_flight} = Calls.deliver(in_flight, next, @count + 1 - n, "reply")
-          in_flight
-        end)
-
-      assert InFlight.pending(in_flight) == 0
-    end
-  end
 
   describe "in a bridge" do
     @describetag :tmp_dir

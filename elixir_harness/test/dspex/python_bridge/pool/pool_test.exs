@@ -5,11 +5,11 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Pool.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
   alias DSPex.Test.PoolProbe
 
-  defp who(opts \\ []), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
+  defp who(opts), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
 
   defp start(opts), do: start_supervised!({Pool, who(opts)})
 
@@ -115,35 +115,6 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       end
     end
 
-    test "a second of the same name is refused, and the first goes on" do
-      pool = start_up(pool_size: 1)
-      assert {:error, {:already_started, ^pool}} = Pool.start_link(who())
-      assert pid_of() == pid_of(pool)
-    end
-
-    test "no report shows secrets" do
-      opts = who(pool_size: 1, lm_options: %{api_key: "sk-secret"})
-      refute inspect(Pool.child_spec(opts), limit: :infinity) =~ "sk-secret"
-      pool = start_supervised!({Pool, opts})
-
-      log =
-        ExUnit.CaptureLog.capture_log(fn ->
-          bridge = Process.whereis(Pool.Bridge1)
-          Process.exit(bridge, :kill)
-          eventually(fn -> Process.whereis(Pool.Bridge1) not in [bridge, nil] end)
-          Process.exit(Process.whereis(Pool.Coordinator), :kill)
-          eventually(fn -> Process.whereis(Pool.Coordinator) end)
-        end)
-
-      assert log =~ "start_link"
-      refute log =~ "sk-secret"
-
-      for process <- [pool, Pool.Bridges, Pool.Coordinator] do
-        refute inspect(:sys.get_state(process), limit: :infinity) =~ "sk-secret"
-        refute inspect(:sys.get_status(process), limit: :infinity) =~ "sk-secret"
-      end
-    end
-
     test "a pool that was killed is not running" do
       Process.flag(:trap_exit, true)
 
@@ -180,19 +151,6 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
   end
 
   describe "call/4" do
-    test "goes to the least busy peer" do
-      start_up()
-      held = for _ <- 1..6, do: hold()
-      eventually(fn -> pending() == [2, 2, 2] end)
-      more = hold()
-      eventually(fn -> pending() == [2, 2, 3] end)
-      busiest = Enum.find(Pool.status().peers, &(&1.pending == 3))
-      pids = for _ <- 1..10, do: pid_of()
-      assert busiest.os_pid not in pids
-      Enum.each([more | held], &Task.shutdown(&1, :brutal_kill))
-      eventually(fn -> pending() == [0, 0, 0] end)
-    end
-
     test "counts a call out however it ends" do
       start_up(pool_size: 1, max_frame_bytes: 100_000)
       %{counters: counters} = Handle.fetch(Pool)
@@ -214,16 +172,6 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert ms < 1_000
       assert {:ok, %{"status" => "ok"}} = Pool.call(:ping, %{}, 20_000)
       refute_received _stray
-    end
-
-    test "takes timeouts as a bridge does" do
-      start_up(pool_size: 1, default_timeout: 50)
-      {ms, result} = timed(fn -> Pool.call(:hold) end)
-      assert result == {:error, :timeout}
-      assert ms >= 50 and ms < 1_000
-      assert Pool.call(:hold, %{}, 0) == {:error, :timeout}
-      assert {:error, "timeout: " <> _} = Pool.call(:who, %{}, -1)
-      assert {:error, "args.f: " <> _} = Pool.call(Pool, :who, %{f: {1}}, 50)
     end
 
     test "is refused as overloaded only when all peers are" do
@@ -270,14 +218,12 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert {:ok, _} = Pool.call(:who)
     end
 
-    test "is given up after 1 + max_retries peers" do
-      start_up(pool_size: 2, max_retries: 2)
+    test "is given up after 1 + max_retries peers, and never has more than two of a pool's down" do
+      start_up()
       assert Pool.call(:die, %{}, 20_000) == {:error, :python_process_died}
-      restarts = for bridge <- bridges(), do: Bridge.get_status(bridge).restarts
       eventually(fn -> Enum.all?(Pool.status().peers, &(&1.state == :running)) end)
-      assert Enum.sum(for bridge <- bridges(), do: Bridge.get_status(bridge).restarts) == 3
-      assert Enum.sum(restarts) in 2..3
-      assert {:ok, _} = Pool.call(:who)
+      restarts = for bridge <- bridges(), do: Bridge.get_status(bridge).restarts
+      assert Enum.sort(restarts) == [0, 1, 3]
     end
 
     test "goes on when a bridge's own process ends; it comes back" do

@@ -101,23 +101,6 @@ defmodule DSPex.PythonBridge.Pool.RequestTest do
       eventually(fn -> PoolProbe.busy(pool) == [0, 0] end)
     end
 
-    test "is not sent again when a bridge ends with it" do
-      pool = who(pool_size: 2)
-      opts = [retry: false, timeout: 20_000]
-
-      for opts <- [opts, [on_chunk: & &1] ++ opts] do
-        held = Task.async(fn -> Pool.request(pool, :hold, %{}, opts) end)
-        eventually(fn -> Enum.sum(PoolProbe.busy(pool)) == 1 end)
-        index = Enum.find_index(PoolProbe.busy(pool), &(&1 == 1))
-        %{bridge: bridge} = Enum.at(Pool.status(pool).peers, index)
-        eventually(fn -> match?(%{pending: 1}, Bridge.get_status(bridge)) end)
-        bridge |> Process.whereis() |> Process.exit(:kill)
-        assert {:error, %Error{type: :python_process_died}} = Task.await(held)
-        eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end, 20_000)
-        assert PoolProbe.busy(pool) == [0, 0]
-      end
-    end
-
     test "goes to another peer if its own has not got it" do
       pool = who(pool_size: 2)
       [one, two] = Pool.status(pool).peers

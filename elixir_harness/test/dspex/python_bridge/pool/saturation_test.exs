@@ -1,12 +1,12 @@
 defmodule DSPex.PythonBridge.Pool.SaturationTest do
-  @moduledoc "A peer of a pool that gets more than it can read: slow but alive, or hanging."
+  @moduledoc "A peer of a pool that gets more than it can read: slow but alive."
 
   # It configures all monitors.
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
+  alias DSPex.PythonBridge.{Monitor, Pool}
   alias DSPex.PythonBridge.Pool.Handle
 
   @pool __MODULE__.Pool
@@ -29,23 +29,5 @@ defmodule DSPex.PythonBridge.Pool.SaturationTest do
     # The monitor has asked, and by then it may have been answered.
     eventually(fn -> Monitor.get_health_status(Handle.monitor(@pool, 1)).status == :healthy end)
     assert [%{os_pid: ^os_pid}] = Pool.status(@pool).peers
-  end
-
-  test "a peer that hangs is replaced" do
-    put_config(:python_bridge_monitor, interval: 20, timeout: 100, max_failures: 2)
-    opts = fake_opts("silent", env: %{"FAKE_ANSWERS" => "1"}) |> Keyword.delete(:name)
-    start_supervised!({Pool, [name: @pool, pool_size: 1] ++ opts})
-    [%{bridge: bridge, os_pid: old}] = eventually(&running/0)
-
-    eventually(fn ->
-      match?(%{state: :running, os_pid: new} when new != old, Bridge.get_status(bridge))
-    end)
-
-    eventually(fn -> not alive?(old) end)
-  end
-
-  defp running do
-    peers = Pool.status(@pool).peers
-    if Enum.all?(peers, &(&1.state == :running)), do: peers
   end
 end

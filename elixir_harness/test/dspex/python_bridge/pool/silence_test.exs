@@ -6,10 +6,8 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
-  alias DSPex.PythonBridge.Bridge.Server
-  alias DSPex.PythonBridge.Calls.LoadCounters
   alias DSPex.PythonBridge.Pool.Handle
-  alias DSPex.Test.{PoolProbe, SilentLM}
+  alias DSPex.Test.SilentLM
 
   @pool __MODULE__.Pool
 
@@ -52,35 +50,6 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
     eventually(fn -> ask(5_000) == hung.os_pid end)
     assert Bridge.get_status(hung.bridge).restarts == 0
     Enum.each(held, &Task.shutdown(&1, :brutal_kill))
-  end
-
-  test "so is a peer whose call was cancelled by its caller's death" do
-    [hung, other] = start_up(who(pool_size: 2))
-    stop(hung.os_pid)
-    caller = Task.async(fn -> Bridge.call(hung.bridge, :hold, %{}, 60_000) end)
-    eventually(fn -> Bridge.get_status(hung.bridge).pending == 1 end)
-    Task.shutdown(caller, :brutal_kill)
-    eventually(fn -> Bridge.get_status(hung.bridge).pending == 0 end)
-    assert for(_ <- 1..20, uniq: true, do: ask(5_000)) == [other.os_pid]
-  end
-
-  @tag :capture_log
-  test "callers that are killed before they have sent leave no load; after a restart calls are spread evenly" do
-    [%{bridge: bridge} | _] = start_up(who(pool_size: 3))
-    counters = Handle.fetch(@pool).counters
-
-    # Which has happened to 60 of 14,000 callers.
-    for index <- LoadCounters.indexes(counters), _ <- 1..20 do
-      {caller, monitor} = spawn_monitor(fn -> LoadCounters.ticket(counters, index) end)
-      assert_receive {:DOWN, ^monitor, :process, ^caller, _reason}
-    end
-
-    Process.exit(Process.whereis(bridge), :kill)
-    eventually(fn -> PoolProbe.busy(@pool) == [0, 0, 0] end)
-    eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
-    counts = for(_ <- 1..300, do: ask(5_000)) |> Enum.frequencies() |> Map.values()
-    assert Enum.sort(counts) == [100, 100, 100]
-    assert PoolProbe.busy(@pool) == [0, 0, 0]
   end
 
   @tag :capture_log
@@ -129,21 +98,6 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
 
     assert {:ok, %{"answer" => _}} = run.("qa", 60_000)
     eventually(fn -> not alive?(blocked.os_pid) end)
-  end
-
-  @tag :tmp_dir
-  test "its child processes are killed with it, even in a session of their own", %{tmp_dir: dir} do
-    file = Path.join(dir, "child")
-    opts = fake_opts("has_a_watchdog", env: %{"FAKE_FILE" => file}) |> Keyword.delete(:name)
-    [hung] = start_up(opts ++ [pool_size: 1])
-    child = file |> File.read!() |> String.to_integer()
-    on_exit(fn -> System.cmd("/bin/sh", ["-c", "kill -9 #{child}"], stderr_to_stdout: true) end)
-    assert alive?(child)
-    stop(hung.os_pid)
-    # As the monitor does.
-    Server.replace(hung.bridge)
-    eventually(fn -> not alive?(hung.os_pid) end)
-    eventually(fn -> not alive?(child) end)
   end
 
   test "a peer that waits for an LM answers pings, and is not replaced" do

@@ -5,8 +5,8 @@ defmodule DSPex.PythonBridge.Pool.StreamRecoveryTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.Test.{PoolProbe, SilentLM, StreamingLM}
+  alias DSPex.PythonBridge.{Error, Pool}
+  alias DSPex.Test.PoolProbe
 
   @pool __MODULE__.Pool
   @qa %{id: "qa", signature: "question -> answer"}
@@ -73,31 +73,6 @@ defmodule DSPex.PythonBridge.Pool.StreamRecoveryTest do
     :ok
   end
 
-  test "an agent whose peer is killed after its first step goes on at another one" do
-    start(pool_size: 2)
-    count = :counters.new(1, [])
-
-    search = fn %{"query" => _} ->
-      :counters.add(count, 1, 1)
-      [busy] = for {peer, 1} <- Enum.zip(peers(), PoolProbe.busy(@pool)), do: peer.os_pid
-      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -9 #{busy}"])
-      "found"
-    end
-
-    elements =
-      @pool |> Pool.stream(ask("agent", "Why?"), tools: %{search: search}) |> Enum.to_list()
-
-    statuses = for {:status, text} <- elements, do: text
-    assert ["calling tool search", "restarted", "calling tool search" | _] = statuses
-
-    assert {:ok, %{"trajectory" => %{"observation_0" => "found"}} = result, _} =
-             List.last(elements)
-
-    assert result["answer"] == for({:chunk, "answer", text} <- elements, into: "", do: text)
-    assert :counters.get(count, 1) == 1
-    idle()
-  end
-
   defp two_or_more([_, _ | _] = some), do: some
   defp two_or_more(_fewer), do: nil
 
@@ -137,28 +112,5 @@ defmodule DSPex.PythonBridge.Pool.StreamRecoveryTest do
     if System.get_env("POOL_TIMES"), do: IO.inspect(Enum.frequencies(results))
     all_up()
     idle()
-  end
-
-  test "a stream whose peer dies before a chunk starts anew elsewhere; its caller's end closes the LM's request" do
-    start(SilentLM.lm_opts(StreamingLM.start()) ++ [pool_size: 2])
-    test = self()
-
-    reader =
-      spawn(fn ->
-        for element <- Pool.stream(@pool, ask("qa", "Why?")), do: send(test, {:element, element})
-      end)
-
-    assert_receive {:lm_request, _first}, 20_000
-    index = Enum.find_index(PoolProbe.busy(@pool), &(&1 == 1))
-    dying = Enum.at(peers(), index)
-    kill(dying.os_pid)
-    assert_receive {:lm_request, lm}, 20_000
-    assert Enum.at(PoolProbe.busy(@pool), 1 - index) == 1
-    for text <- ["[[ ## answer ## ]]\n", "Because ", "of "], do: StreamingLM.say(lm, text)
-    assert_receive {:element, {:chunk, "answer", "Because"}}, 20_000
-    Process.exit(reader, :kill)
-    assert_receive {:lm_closed, ^lm}, 20_000
-    idle()
-    assert %{state: :running} = Bridge.get_status(Enum.at(peers(), 1 - index).bridge)
   end
 end

@@ -9,7 +9,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.Client.StreamProxy
   alias DSPex.Test.PoolProbe
 
   @chunks for n <- 0..2, do: {:chunk, "n", "#{n}"}
@@ -54,19 +53,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
 
       assert Enum.take(found, 3) == @chunks
       assert_received :noted
-      idle(pool)
-    end
-
-    test "a call is given up after 1 + max_retries peers", %{tmp_dir: dir} do
-      pool = start_up("plays", in_dir(dir, pool_size: 2, max_retries: 1))
-
-      assert [error: %Error{type: :python_process_died}] =
-               elements(pool, [["die"]], timeout: 20_000)
-
-      eventually(fn -> File.read!(Path.join(dir, "starts")) == "xxxx" end, 10_000)
-      all_up(pool)
-      assert [error: %Error{type: :python_process_died}] = elements(pool, [["die"]], retry: false)
-      eventually(fn -> File.read!(Path.join(dir, "starts")) == "xxxxx" end, 10_000)
       idle(pool)
     end
   end
@@ -125,20 +111,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
       idle(pool)
       assert_received :noted
     end
-
-    test "it goes on when its bridge ends", %{tmp_dir: _dir} do
-      pool = start_up("plays", pool_size: 2)
-      play = [["stream", %{status: "thinking"}], ["go", "on"], ["reply", %{}]]
-      {:suspended, [{:status, "thinking"}], next} = suspend(stream(pool, play, timeout: 20_000))
-      index = Enum.find_index(PoolProbe.busy(pool), &(&1 == 1))
-      pool |> bridges() |> Enum.at(index) |> Process.whereis() |> Process.exit(:kill)
-      assert {:suspended, [{:status, "restarted"} | _], next} = next.({:cont, nil})
-      assert {:suspended, [{:status, "thinking"} | _], next} = next.({:cont, nil})
-      all_up(pool)
-      go(pool, "on")
-      assert {:suspended, [{:ok, %{}, _} | _], _} = next.({:cont, nil})
-      idle(pool)
-    end
   end
 
   test "a peer that is overloaded is passed over; one that has done some of it is not" do
@@ -159,34 +131,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
     assert [error: %Error{type: :overloaded}] = elements(full, [["reply"]])
     for next <- [one, two], do: assert({:halted, nil} = next.({:halt, nil}))
     idle(full)
-  end
-
-  test "many streams are spread over the peers" do
-    pool = start_up("plays", pool_size: 3)
-    play = [["count", 1], ["go", "on"], ["count", 1], ["reply", %{}]]
-    readers = for _ <- 1..30, do: Task.async(fn -> elements(pool, play, timeout: 20_000) end)
-    eventually(fn -> PoolProbe.busy(pool) == [10, 10, 10] end)
-    go(pool, "on")
-
-    for result <- Task.await_many(readers, 20_000),
-        do: assert([{:chunk, "n", "0"}, {:chunk, "n", "0"}, {:ok, %{}, _}] = result)
-
-    idle(pool)
-  end
-
-  test "a call waits for the first peer, and for the next one that serves" do
-    env = %{"FAKE_START_MS" => "300"}
-    pool = start("starts_late", env: env, pool_size: 1)
-    assert {:ok, _, _} = Pool.request(pool, :ping, %{}, on_chunk: & &1, timeout: 20_000)
-
-    pool = start_up("plays", pool_size: 1)
-    PoolProbe.stop_serving(pool)
-    assert [error: %Error{type: :timeout}] = elements(pool, [["reply", %{}]], timeout: 50)
-    reader = Task.async(fn -> elements(pool, [["count", 3], ["reply", %{}]]) end)
-    eventually(fn -> map_size(:sys.get_state(Module.concat(pool, Coordinator)).waiting) == 1 end)
-    PoolProbe.serve_again(pool)
-    assert [_, _, _, {:ok, %{}, _}] = Task.await(reader)
-    assert mailbox() == []
   end
 
   describe "after the first chunk" do
@@ -243,27 +187,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
       assert [_, _] = for(%{"cancel" => id} <- heard, do: id)
     end
 
-    test "when its proxy is killed, before a chunk and after", %{pool: pool} do
-      for play <- [[["go", "on"]], [["count", 1], ["go", "on"]]] do
-        reader = Task.async(fn -> elements(pool, play) end)
-        eventually(fn -> PoolProbe.busy(pool) == [1] end)
-        [proxy] = eventually(fn -> proxies(reader.pid) end)
-        Process.exit(proxy, :kill)
-        assert {:error, %Error{type: :cancelled}} = reader |> Task.await() |> List.last()
-        idle(pool)
-      end
-    end
-
-    defp proxies(parent) do
-      found =
-        for pid <- Process.list(),
-            Process.info(pid, :parent) == {:parent, parent},
-            Process.info(pid, :current_function) == {:current_function, {StreamProxy, :loop, 1}},
-            do: pid
-
-      if found != [], do: found
-    end
-
     test "at its timeout, however short", %{pool: pool} do
       for timeout <- [0, 0, 1, 2, 5, 20] do
         assert [error: %Error{type: :timeout}] = elements(pool, [["go", "on"]], timeout: timeout)
@@ -272,29 +195,5 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
       idle(pool)
       assert mailbox() == []
     end
-
-    test "when its bridge has ended before it got the call", %{pool: pool} do
-      [bridge] = bridges(pool)
-      pid = Process.whereis(bridge)
-      :sys.suspend(pid)
-
-      reader =
-        Task.async(fn -> elements(pool, [["count", 3], ["reply", %{}]], timeout: 20_000) end)
-
-      eventually(fn -> Process.info(pid, :message_queue_len) != {:message_queue_len, 0} end)
-      Process.exit(pid, :kill)
-      assert [_, _, _, {:ok, %{}, _}] = Task.await(reader, 20_000)
-      idle(pool)
-    end
-  end
-
-  test "wrong options and a pool that is not there are the only element" do
-    assert [error: %Error{type: :invalid_request}] =
-             Enum.to_list(Pool.stream(:no_pool, %{}, x: 1))
-
-    assert [error: %Error{type: :bridge_not_running, message: text}] =
-             Enum.to_list(Pool.stream(:no_pool, %{}))
-
-    assert text == "the pool :no_pool is not running"
   end
 end

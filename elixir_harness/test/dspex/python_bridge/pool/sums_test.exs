@@ -5,18 +5,10 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Pool.{Handle, Sums}
+  alias DSPex.PythonBridge.{Bridge, Pool}
 
   # Nobody here waits that long for what comes at all.
   @long 60_000
-
-  defp start(opts) do
-    name = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
-    start_supervised!({Pool, [name: name] ++ Keyword.delete(opts, :name)}, id: name)
-    {name, up(name)}
-  end
 
   defp up(name) do
     eventually(fn -> Enum.all?(Pool.status(name).peers, &(&1.state == :running)) end, @long)
@@ -142,14 +134,6 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
     assert messages() == []
   end
 
-  test "if no peer answers in time, the call times out" do
-    {pool, _bridges} =
-      start(fake_opts("silent", pool_size: 2, env: %{"DSPY_BRIDGE_DRAIN_MS" => "0"}))
-
-    assert Pool.call(pool, :get_stats, %{}, 100) == {:error, :timeout}
-    assert messages() == []
-  end
-
   defp messages, do: elem(Process.info(self(), :messages), 1)
 
   test "if no peer serves yet, the first that does is waited for" do
@@ -165,26 +149,5 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
     assert text =~ "program_ids"
     assert {:error, "args.a: a tuple " <> _} = Pool.call(pool, :get_stats, %{a: {1}})
     assert Pool.call(:no_such_pool, :get_stats) == {:error, :bridge_not_running}
-  end
-
-  test "of a caller that is killed leaves no call behind" do
-    {pool, bridges} = start(fake_opts("who", pool_size: 3))
-    peers = for bridge <- bridges, do: Bridge.get_status(bridge).os_pid
-    Enum.each(peers, &stop/1)
-    callers = for _ <- 1..50, do: spawn(fn -> Pool.call(pool, :get_stats, %{}, @long) end)
-    eventually(fn -> Enum.all?(bridges, &(Bridge.get_status(&1).pending >= 50)) end, @long)
-    Enum.each(callers, &Process.exit(&1, :kill))
-    # But for a ping of the monitor.
-    eventually(fn -> Enum.all?(bridges, &(Bridge.get_status(&1).pending <= 1)) end, 2_000)
-    Enum.each(peers, &go_on/1)
-  end
-
-  test "the caller gets a value if the pool ends when its peers have answered" do
-    {pool, _bridges} = real()
-    gone = :ets.new(:gone, [])
-    :ets.delete(gone)
-    handle = %{Handle.fetch(pool) | programs: gone}
-    answer = Sums.run(handle, :get_stats, %{}, Deadline.new(@long), [])
-    assert {:error, %Error{type: :bridge_not_running}} = answer
   end
 end

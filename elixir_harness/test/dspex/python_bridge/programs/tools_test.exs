@@ -3,9 +3,6 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
 
   use ExUnit.Case, async: true
 
-  import DSPex.Test.Helpers
-  import ExUnit.CaptureLog
-
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
   alias DSPex.Test.FakePeer
 
@@ -72,16 +69,6 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
     assert {:error, %Error{type: :program_not_found}} = run(bridge, "agent", [:other])
   end
 
-  @tag timeout: 120_000
-  test "nothing of a refused call is sent to the real peer" do
-    bridge = start_supervised!({Bridge, real_opts(default_timeout: 60_000)})
-    create(bridge, @agent)
-    assert {:error, %Error{type: :invalid_args}} = run(bridge, "agent", [:serch])
-    assert {:ok, %{"commands" => commands}} = Bridge.call(bridge, :get_stats)
-    refute is_map_key(commands, "execute_program")
-    assert {:ok, %{"answer" => _}, _meta} = run(bridge, "agent", [:search, :stock])
-  end
-
   test "a program with tools that is called without them is logged once" do
     bridge = start([@agent, @best, %{id: "plain", signature: @signature}])
 
@@ -107,18 +94,6 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
       ~r/#{Regex.escape(inspect(server))}: program (.*) is called without its tools (\(.*?\))/
 
     for [_, id, names] <- Regex.scan(line, capture_log(fun)), do: "#{id} #{names}"
-  end
-
-  test "many calls at once log it once, and ids and names stay on one line" do
-    id = "an agent\nof two lines"
-    bridge = start([%{@agent | id: id}])
-
-    assert [~S|an agent\nof two lines (search, stock)|] ==
-             logged(bridge, fn ->
-               1..50
-               |> Task.async_stream(fn _ -> Bridge.call(bridge, :execute_program, args(id)) end)
-               |> Stream.run()
-             end)
   end
 
   test "a pool logs it, and its bridges refuse" do

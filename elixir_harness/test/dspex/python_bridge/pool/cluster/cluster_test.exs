@@ -113,28 +113,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     Task.shutdown(here, :brutal_kill)
   end
 
-  test "with no peer on any node, calls wait for the first one", context do
-    start_here(context.cluster, pool_size: 1)
-    stop_serving_on(node())
-    waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
-    coordinator = Handle.coordinator(@pool)
-    eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
-
-    # A node that joins.
-    there = start_there(context.cluster, pool_size: 1)
-    {:ok, %{"pid" => pid}} = Task.await(waiting, 60_000)
-    assert [pid] == os_pids_on(there)
-
-    # A node that is there already, and gets a peer back.
-    stop_serving_on(there)
-    eventually(fn -> serving_on(node()) == [] end)
-    waiting = Task.async(fn -> call(:who, %{}, 60_000) end)
-    eventually(fn -> map_size(:sys.get_state(coordinator).waiting) == 1 end)
-    serve_again_on(there)
-    assert {:ok, %{"pid" => ^pid}} = Task.await(waiting, 60_000)
-    serve_again_on(node())
-  end
-
   test "programs are created and removed on all nodes; a node that joins late gets them",
        context do
     start_here(context.cluster, pool_size: 2)
@@ -194,19 +172,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
       assert {:ok, %{"signature" => "created -> here"}} = execute_on(there, "qa")
     end
 
-    test "that are removed are back on the nodes whose pool is started again", context do
-      start_here(context.cluster, declared("q -> a"))
-      there = start_there(context.cluster, declared("q -> a"))
-      see_each_other([node(), there])
-      assert {:ok, _} = call(:cleanup, %{program_ids: ["qa"]})
-      for node <- [node(), there], do: eventually(fn -> programs_on(node) == [%{}] end)
-      start_again(there)
-      see_each_other([node(), there])
-      assert {:ok, %{"signature" => "q -> a"}} = execute_on(there, "qa")
-      assert programs_on(there) == [%{"qa" => "q -> a"}]
-      assert execute_on(node(), "qa") == {:error, "Program not found: qa"}
-    end
-
     test "are not run on a node that has not declared them", context do
       start_here(context.cluster, declared("q -> a"))
       there = start_there(context.cluster, pool_size: 1)
@@ -219,15 +184,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
       serve_again_on(node())
       assert {:ok, %{"signature" => "q -> a"}} = Task.await(running)
     end
-  end
-
-  test "a definition that all peers refuse reaches no other node", context do
-    start_here(context.cluster, pool_size: 1, env: %{"FAKE_FILE" => "/"})
-    there = start_there(context.cluster, pool_size: 1)
-    see_each_other([node(), there])
-    assert call(:create_program, create("one", "one -> only")) == {:error, "signature: not here"}
-    assert {:ok, _} = call(:create_program, create("two"))
-    eventually(fn -> known_on(there) == ["two"] end)
   end
 
   test "calls on a node that is lost run on another one", context do
@@ -283,33 +239,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
     # It hears of what it missed.
     eventually(fn -> known_on(there) == ["one"] end, 10_000)
     eventually(fn -> programs_on(there) == [%{"one" => "q -> a"}] end)
-  end
-
-  test "after a netsplit the later change wins, on both sides", context do
-    start_here(context.cluster, pool_size: 1)
-    there = start_there(context.cluster, pool_size: 1)
-    see_each_other([node(), there])
-    for id <- ["one", "two"], do: assert({:ok, _} = call(:create_program, create(id)))
-
-    Nodes.split(there, fn ->
-      eventually(fn -> nodes_on(node()) == [node()] end)
-      assert {:ok, _} = call(:create_program, create("one", "here -> first"))
-
-      {:ok, _} =
-        Nodes.aside(there, Pool, :call, [
-          @pool,
-          :create_program,
-          create("one", "there -> last"),
-          5_000
-        ])
-
-      {:ok, _} = Nodes.aside(there, Pool, :call, [@pool, :create_program, create("three"), 5_000])
-      assert {:ok, _} = call(:cleanup, %{program_ids: ["two"]})
-    end)
-
-    see_each_other([node(), there])
-    all = [%{"one" => "there -> last", "three" => "q -> a"}]
-    eventually(fn -> programs_on(node()) == all and programs_on(there) == all end)
   end
 
   test "pools of other clusters, and without one, do not take part", context do
