@@ -122,6 +122,8 @@ defmodule DSPex.PythonBridge.Monitor do
     {:noreply, if(state.timer, do: start_check(state), else: state)}
   end
 
+  def handle_call(_stray, _from, state), do: {:reply, {:error, :unknown_call}, state}
+
   # Both come from a bridge in a pool.
   @impl GenServer
   def handle_cast(:unanswered, %{doubt: nil} = state), do: {:noreply, ping_in_doubt(state)}
@@ -129,6 +131,8 @@ defmodule DSPex.PythonBridge.Monitor do
 
   def handle_cast(:heard, state),
     do: {:noreply, forget_misses(%{state | health: Health.heard(state.health)})}
+
+  def handle_cast(_stray, state), do: {:noreply, state}
 
   @impl GenServer
   def handle_info({:timeout, timer, :check}, %{timer: timer} = state),
