@@ -157,28 +157,6 @@ defmodule DSPex.PythonBridge.Bridge do
 
   ## Calls
 
-  @doc "As `call/4`, to the bridge named `DSPex.PythonBridge.Bridge`."
-  @spec call(command()) :: {:ok, term()} | {:error, call_error()}
-  def call(command), do: call(__MODULE__, command, %{}, :default)
-
-  @doc "`call(command, args)` or `call(server, command)`: as `call/4`."
-  @spec call(command() | server(), map() | command()) :: {:ok, term()} | {:error, call_error()}
-  def call(server, command) when is_atom(command) or is_binary(command),
-    do: call(server, command, %{}, :default)
-
-  def call(command, args) when is_map(args), do: call(__MODULE__, command, args, :default)
-  def call(_one, _other), do: {:error, Client.Options.misplaced(:call).message}
-
-  @doc "`call(command, args, timeout)` or `call(server, command, args)`: as `call/4`."
-  @spec call(command() | server(), map() | command(), timeout() | :default | map()) ::
-          {:ok, term()} | {:error, call_error()}
-  def call(server, command, args) when is_map(args), do: call(server, command, args, :default)
-
-  def call(command, args, timeout) when is_map(args),
-    do: call(__MODULE__, command, args, timeout)
-
-  def call(_one, _other, _third), do: {:error, Client.Options.misplaced(:call).message}
-
   @doc """
   Sends a command to the peer and waits for its reply, at most `timeout` ms (or `:infinity`; `:default` is the
   `:default_timeout` of the bridge).
@@ -193,6 +171,12 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec call(server(), command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, call_error()}
+  def call(server \\ __MODULE__, command, args \\ %{}, timeout \\ :default)
+
+  # `call(command, args)` and `call(command, args, timeout)`.
+  def call(command, args, timeout, :default) when is_map(args),
+    do: call(__MODULE__, command, args, if(timeout == %{}, do: :default, else: timeout))
+
   def call(server, command, args, timeout) do
     exchange = &Caller.exchange(server, command, args, timeout, &1)
 
@@ -201,29 +185,6 @@ defmodule DSPex.PythonBridge.Bridge do
       {:error, error} -> {:error, Error.to_call_reason(error)}
     end
   end
-
-  @doc "As `request/4`, to the bridge named `DSPex.PythonBridge.Bridge`."
-  @spec request(command()) :: {:ok, term(), map()} | {:error, Error.t()}
-  def request(command), do: request(__MODULE__, command, %{}, [])
-
-  @doc "`request(command, args)` or `request(server, command)`: as `request/4`."
-  @spec request(command() | server(), map() | command()) ::
-          {:ok, term(), map()} | {:error, Error.t()}
-  def request(server, command) when is_atom(command) or is_binary(command),
-    do: request(server, command, %{}, [])
-
-  def request(command, args) when is_map(args), do: request(__MODULE__, command, args, [])
-  def request(_one, _other), do: {:error, Client.Options.misplaced(:request)}
-
-  @doc "`request(command, args, opts)` or `request(server, command, args)`: as `request/4`."
-  @spec request(command() | server(), map() | command(), keyword() | map()) ::
-          {:ok, term(), map()} | {:error, Error.t()}
-  def request(server, command, args) when is_map(args), do: request(server, command, args, [])
-
-  def request(command, args, opts) when is_map(args),
-    do: request(__MODULE__, command, args, opts)
-
-  def request(_one, _other, _third), do: {:error, Client.Options.misplaced(:request)}
 
   @doc """
   As `call/4`, with the metadata of the reply, and errors with a type: `{:ok, result, meta}` or
@@ -277,6 +238,12 @@ defmodule DSPex.PythonBridge.Bridge do
   """
   @spec request(server(), command(), map(), [request_option()]) ::
           {:ok, term(), map()} | {:error, Error.t()}
+  def request(server \\ __MODULE__, command, args \\ %{}, opts \\ [])
+
+  # `request(command, args)` and `request(command, args, opts)`.
+  def request(command, args, opts, []) when is_map(args),
+    do: request(__MODULE__, command, args, if(opts == %{}, do: [], else: opts))
+
   def request(server, command, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, [:on_chunk | Client.Options.of_stream()]),
          {:ok, args} <- Client.Options.arguments(options, command, args),
@@ -296,16 +263,6 @@ defmodule DSPex.PythonBridge.Bridge do
         ),
       else: Caller.exchange(server, command, args, timeout, opts)
   end
-
-  @doc "As `stream/3`, by the bridge named `DSPex.PythonBridge.Bridge`."
-  @spec stream(map()) :: Enumerable.t(stream_element())
-  def stream(args), do: stream(__MODULE__, args, [])
-
-  @doc "`stream(args, opts)` or `stream(server, args)`: as `stream/3`."
-  @spec stream(map() | server(), [stream_option()] | map()) :: Enumerable.t(stream_element())
-  def stream(server, args) when is_map(args), do: stream(server, args, [])
-  def stream(args, opts) when is_map(args), do: stream(__MODULE__, args, opts)
-  def stream(_one, _other), do: [error: Client.Options.misplaced(:stream)]
 
   @doc """
   Streams an `execute_program` call, as a lazy enumerable of:
@@ -334,6 +291,11 @@ defmodule DSPex.PythonBridge.Bridge do
   it asks.
   """
   @spec stream(server(), map(), [stream_option()]) :: Enumerable.t(stream_element())
+  def stream(server \\ __MODULE__, args, opts \\ [])
+
+  # `stream(args, opts)`.
+  def stream(args, opts, []) when is_map(args), do: stream(__MODULE__, args, opts)
+
   def stream(server, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
          {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do
@@ -346,26 +308,22 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   @doc """
-  Sends a command whose reply nobody waits for: `cast(command, args)` or `cast(server, command)`.
-  As `cast/3`.
-  """
-  @spec cast(command() | server(), map() | command()) :: :ok | {:error, String.t()}
-  def cast(command, args) when is_map(args), do: cast(__MODULE__, command, args)
-  def cast(server, command), do: cast(server, command, %{})
-
-  @doc """
   Sends a command whose reply nobody waits for; the bridge's `:default_timeout` applies. `:ok` says nothing about the
   peer or the bridge; an error says why the request could not be encoded.
   """
   @spec cast(server(), command(), map()) :: :ok | {:error, String.t()}
+  def cast(server \\ __MODULE__, command, args \\ %{})
+
+  # `cast(command, args)`.
+  def cast(command, args, none) when is_map(args) and none == %{},
+    do: cast(__MODULE__, command, args)
+
   def cast(server, command, args), do: Caller.send_only(server, command, args)
 
   # `otherwise`: of a pool's name, or of what is not running.
   defp ask(server, question, otherwise, timeout \\ @question_ms) do
-    with {:ok, bridge} <- Caller.find_anywhere(server),
-         answer when answer != {:error, :unknown_call} <-
-           GenServer.call(bridge, question, timeout) do
-      answer
+    with {:ok, bridge} <- Caller.find_anywhere(server) do
+      GenServer.call(bridge, question, timeout)
     else
       {:error, %Error{type: :invalid_request}} -> otherwise.(a_pool(server))
       _another -> otherwise.(nil)

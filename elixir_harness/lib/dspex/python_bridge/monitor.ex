@@ -39,9 +39,9 @@ defmodule DSPex.PythonBridge.Monitor do
 
   # timer: of the next check; nil while one runs. waiting: callers who forced it. pings: those under way, by their monitors:
   # when they were sent, and whether in doubt. doubt: the timer of the next ping in doubt; again?: whether there is reason
-  # for it. void: the time before which no ping in doubt was sent that still counts as missed.
-  @enforce_keys [:options, :void]
-  defstruct [:options, :timer, :doubt, :void, health: %Health{}] ++
+  # for it. counts_from: pings in doubt that were sent before it do not count as missed.
+  @enforce_keys [:options, :counts_from]
+  defstruct [:options, :timer, :doubt, :counts_from, health: %Health{}] ++
               [waiting: [], pings: %{}, again?: false]
 
   @type health :: %{
@@ -111,7 +111,7 @@ defmodule DSPex.PythonBridge.Monitor do
 
   @impl GenServer
   def init(options),
-    do: {:ok, schedule(%__MODULE__{options: options, void: System.monotonic_time()})}
+    do: {:ok, schedule(%__MODULE__{options: options, counts_from: System.monotonic_time()})}
 
   @impl GenServer
   def handle_call(:health, _from, state), do: {:reply, Health.report(state.health), state}
@@ -130,7 +130,7 @@ defmodule DSPex.PythonBridge.Monitor do
   def handle_cast(:unanswered, state), do: {:noreply, %{state | again?: true}}
 
   def handle_cast(:heard, state),
-    do: {:noreply, pardon(%{state | health: Health.heard(state.health)})}
+    do: {:noreply, forget_misses(%{state | health: Health.heard(state.health)})}
 
   def handle_cast(_stray, state), do: {:noreply, state}
 
@@ -139,7 +139,9 @@ defmodule DSPex.PythonBridge.Monitor do
     do: {:noreply, start_check(state)}
 
   def handle_info({:timeout, timer, :doubt}, %{doubt: timer} = state) do
-    waits? = Enum.any?(state.pings, fn {_, {sent, doubt?}} -> doubt? and sent > state.void end)
+    waits? =
+      Enum.any?(state.pings, fn {_, {sent, doubt?}} -> doubt? and sent > state.counts_from end)
+
     again? = state.again? or waits?
     {:noreply, if(again?, do: ping_in_doubt(state), else: %{state | doubt: nil})}
   end
@@ -149,10 +151,13 @@ defmodule DSPex.PythonBridge.Monitor do
       when is_map_key(state.pings, ping) do
     {{sent, doubt?}, pings} = Map.pop!(state.pings, ping)
     state = %{state | pings: pings}
-    void? = doubt? and sent <= state.void and missed?(result) and not blocked?(result)
-    state = if void?, do: state, else: checked(state, result, sent, doubt?)
+    late? = doubt? and sent <= state.counts_from and missed?(result) and not blocked?(result)
+    state = if late?, do: state, else: checked(state, result, sent, doubt?)
     {:noreply, if(doubt?, do: state, else: conclude(state))}
   end
+
+  def handle_info({:DOWN, ping, :process, _pid, crash}, state) when is_map_key(state.pings, ping),
+    do: {:stop, crash, state}
 
   # A timer that was cancelled too late, or what is not for it.
   def handle_info(_message, state), do: {:noreply, state}
@@ -179,7 +184,7 @@ defmodule DSPex.PythonBridge.Monitor do
   end
 
   # Answers to the pings in doubt are still awaited: only they show that the peer is healthy again.
-  defp pardon(state), do: %{state | again?: false, void: System.monotonic_time()}
+  defp forget_misses(state), do: %{state | again?: false, counts_from: System.monotonic_time()}
 
   defp start_ping(%{options: %{bridge: bridge, timeout: timeout}} = state, doubt?) do
     {_pid, monitor} = spawn_monitor(fn -> exit({:checked, ping(bridge, timeout)}) end)
@@ -250,6 +255,6 @@ defmodule DSPex.PythonBridge.Monitor do
 
   defp restart(state, {:missed, reason, _status}) do
     if reason != :bridge_not_running, do: Server.replace(state.options.bridge)
-    pardon(%{state | health: Health.recovered(state.health)})
+    forget_misses(%{state | health: Health.recovered(state.health)})
   end
 end

@@ -74,29 +74,6 @@ defmodule DSPex.PythonBridge.Pool do
 
   ## Calls
 
-  @doc "As `call/4`, to the pool named `DSPex.PythonBridge.Pool`."
-  @spec call(Bridge.command()) :: {:ok, term()} | {:error, Bridge.call_error()}
-  def call(command), do: call(__MODULE__, command, %{}, :default)
-
-  @doc "`call(command, args)` or `call(pool, command)`: as `call/4`."
-  @spec call(Bridge.command() | pool(), map() | Bridge.command()) ::
-          {:ok, term()} | {:error, Bridge.call_error()}
-  def call(pool, command) when is_atom(command) or is_binary(command),
-    do: call(pool, command, %{}, :default)
-
-  def call(command, args) when is_map(args), do: call(__MODULE__, command, args, :default)
-  def call(_one, _other), do: {:error, Client.Options.misplaced(:call).message}
-
-  @doc "`call(command, args, timeout)` or `call(pool, command, args)`: as `call/4`."
-  @spec call(Bridge.command() | pool(), map() | Bridge.command(), timeout() | :default | map()) ::
-          {:ok, term()} | {:error, Bridge.call_error()}
-  def call(pool, command, args) when is_map(args), do: call(pool, command, args, :default)
-
-  def call(command, args, timeout) when is_map(args),
-    do: call(__MODULE__, command, args, timeout)
-
-  def call(_one, _other, _third), do: {:error, Client.Options.misplaced(:call).message}
-
   @doc """
   Sends a command to a peer of the pool and waits for the reply, at most `timeout` ms. Arguments and results are
   those of `DSPex.PythonBridge.Bridge.call/4`.
@@ -122,6 +99,12 @@ defmodule DSPex.PythonBridge.Pool do
   """
   @spec call(pool(), Bridge.command(), map(), timeout() | :default) ::
           {:ok, term()} | {:error, Bridge.call_error()}
+  def call(pool \\ __MODULE__, command, args \\ %{}, timeout \\ :default)
+
+  # `call(command, args)` and `call(command, args, timeout)`.
+  def call(command, args, timeout, :default) when is_map(args),
+    do: call(__MODULE__, command, args, if(timeout == %{}, do: :default, else: timeout))
+
   def call(pool, command, args, timeout) do
     exchange = &Caller.exchange(pool, command, args, timeout, &1)
 
@@ -130,29 +113,6 @@ defmodule DSPex.PythonBridge.Pool do
       {:error, error} -> {:error, Error.to_call_reason(error)}
     end
   end
-
-  @doc "As `request/4`, to the pool named `DSPex.PythonBridge.Pool`."
-  @spec request(Bridge.command()) :: {:ok, term(), map()} | {:error, Error.t()}
-  def request(command), do: request(__MODULE__, command, %{}, [])
-
-  @doc "`request(command, args)` or `request(pool, command)`: as `request/4`."
-  @spec request(Bridge.command() | pool(), map() | Bridge.command()) ::
-          {:ok, term(), map()} | {:error, Error.t()}
-  def request(pool, command) when is_atom(command) or is_binary(command),
-    do: request(pool, command, %{}, [])
-
-  def request(command, args) when is_map(args), do: request(__MODULE__, command, args, [])
-  def request(_one, _other), do: {:error, Client.Options.misplaced(:request)}
-
-  @doc "`request(command, args, opts)` or `request(pool, command, args)`: as `request/4`."
-  @spec request(Bridge.command() | pool(), map() | Bridge.command(), keyword() | map()) ::
-          {:ok, term(), map()} | {:error, Error.t()}
-  def request(pool, command, args) when is_map(args), do: request(pool, command, args, [])
-
-  def request(command, args, opts) when is_map(args),
-    do: request(__MODULE__, command, args, opts)
-
-  def request(_one, _other, _third), do: {:error, Client.Options.misplaced(:request)}
 
   @doc """
   As `call/4`, with the options, results and errors of `DSPex.PythonBridge.Bridge.request/4`: `{:ok, result, meta}` or
@@ -168,6 +128,12 @@ defmodule DSPex.PythonBridge.Pool do
   """
   @spec request(pool(), Bridge.command(), map(), [Bridge.request_option()]) ::
           {:ok, term(), map()} | {:error, Error.t()}
+  def request(pool \\ __MODULE__, command, args \\ %{}, opts \\ [])
+
+  # `request(command, args)` and `request(command, args, opts)`.
+  def request(command, args, opts, []) when is_map(args),
+    do: request(__MODULE__, command, args, if(opts == %{}, do: [], else: opts))
+
   def request(pool, command, args, opts) do
     requested(pool, command, args, opts, [])
   end
@@ -195,17 +161,6 @@ defmodule DSPex.PythonBridge.Pool do
       else: Caller.exchange(pool, command, args, timeout, opts)
   end
 
-  @doc "As `stream/3`, by the pool named `DSPex.PythonBridge.Pool`."
-  @spec stream(map()) :: Enumerable.t(Bridge.stream_element())
-  def stream(args), do: stream(__MODULE__, args, [])
-
-  @doc "`stream(args, opts)` or `stream(pool, args)`: as `stream/3`."
-  @spec stream(map() | pool(), [Bridge.stream_option()] | map()) ::
-          Enumerable.t(Bridge.stream_element())
-  def stream(pool, args) when is_map(args), do: stream(pool, args, [])
-  def stream(args, opts) when is_map(args), do: stream(__MODULE__, args, opts)
-  def stream(_one, _other), do: [error: Client.Options.misplaced(:stream)]
-
   @doc """
   Streams an `execute_program` call, with the elements and options of `DSPex.PythonBridge.Bridge.stream/3`.
 
@@ -216,6 +171,11 @@ defmodule DSPex.PythonBridge.Pool do
   `:python_process_died` is the last element if that dies. A peer works on many streams at once.
   """
   @spec stream(pool(), map(), [Bridge.stream_option()]) :: Enumerable.t(Bridge.stream_element())
+  def stream(pool \\ __MODULE__, args, opts \\ [])
+
+  # `stream(args, opts)`.
+  def stream(args, opts, []) when is_map(args), do: stream(__MODULE__, args, opts)
+
   def stream(pool, args, opts) do
     with {:ok, options} <- Client.Options.new(opts, Client.Options.of_stream()),
          {:ok, args} <- Client.Options.arguments(options, :execute_program, args) do

@@ -5,7 +5,6 @@ defmodule DSPex.PythonBridge.OptionsTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Options, Pool}
-  alias DSPex.PythonBridge.Bridge.Peer
   alias DSPex.PythonBridge.Protocol.PeerEnv
 
   doctest PeerEnv
@@ -152,26 +151,6 @@ defmodule DSPex.PythonBridge.OptionsTest do
     refute inspect(Bridge.child_spec(opts), limit: :infinity) =~ "sk-secret"
     assert {:ok, sealed} = Options.new(Options.seal(opts))
     assert sealed.env.() == options.env.()
-  end
-
-  describe "Peer.port_options/1" do
-    test "is a packet port with the script as its only argument" do
-      {:ok, options} = Options.new(script_path: "/a/peer.py", lm: "offline/echo")
-
-      assert Peer.port_options(options) == [
-               {:packet, 4},
-               :binary,
-               :exit_status,
-               :use_stdio,
-               args: ["-u", "/a/peer.py"],
-               env: [
-                 {~c"DSPY_BRIDGE_LM", ~c"offline/echo"},
-                 {~c"DSPY_BRIDGE_LOG_FRAMES", ~c"1"},
-                 {~c"MALLOC_MMAP_THRESHOLD_", ~c"4194304"},
-                 {~c"MALLOC_TRIM_THRESHOLD_", ~c"8388608"}
-               ]
-             ]
-    end
   end
 
   describe "an option that is misspelt is named with the nearest that there is" do

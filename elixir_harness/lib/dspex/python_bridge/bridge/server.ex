@@ -261,15 +261,12 @@ defmodule DSPex.PythonBridge.Bridge.Server do
           finish_calls(state, deadline)
 
         message ->
-          message |> handle_info(state) |> state_of() |> finish_calls(deadline)
+          message |> handle_info(state) |> elem(1) |> finish_calls(deadline)
       after
         Deadline.left(deadline) -> state
       end
     end
   end
-
-  defp state_of({:stop, _reason, state}), do: state
-  defp state_of(noreply), do: elem(noreply, 1)
 
   @impl GenServer
   defdelegate format_status(status), to: ServerGuard

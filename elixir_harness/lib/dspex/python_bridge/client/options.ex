@@ -88,18 +88,6 @@ defmodule DSPex.PythonBridge.Client.Options do
   def arguments(%__MODULE__{arguments: [{key, _value} | _]}, _command, _args),
     do: refused(key, "only execute_program takes it")
 
-  @doc "The error of arguments that `call/2`, `request/3` and so on cannot place. Their contents may be secret."
-  @spec misplaced(:call | :request | :stream) :: Error.t()
-  def misplaced(function) do
-    all = [
-      call: "server, command, args, timeout",
-      request: "server, command, args, opts",
-      stream: "server, args, opts"
-    ]
-
-    Error.new(:invalid_request, "expected #{function}(#{all[function]}), where args is a map")
-  end
-
   defp refused(key, text), do: {:error, Error.new(:invalid_request, "#{inspect(key)}: #{text}")}
 
   # https://www.w3.org/TR/trace-context/: later versions than 00 may have more fields.

@@ -31,7 +31,7 @@ defmodule DSPex.PythonBridge.OTP.Parallel do
   # By links it ends the collector, and the tasks, whose calls are cancelled.
   defp end_with(caller) do
     ref = Process.monitor(caller)
-    receive do: ({:DOWN, ^ref, :process, _caller, _reason} -> exit(:shutdown))
+    receive do: ({:DOWN, ^ref, :process, _caller, _reason} -> Process.exit(self(), :shutdown))
   end
 
   defp collect(tasks, answers, limits, enough?) do

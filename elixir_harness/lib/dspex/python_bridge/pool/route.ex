@@ -99,8 +99,12 @@ defmodule DSPex.PythonBridge.Pool.Route do
         at = {:here, index, LoadCounters.ready_since(counters, index)}
 
         case Process.whereis(Handle.bridge(handle, index)) do
-          nil -> next(%{route | passed: [at | route.passed]})
-          bridge -> LoadCounters.sending(counters, index) && send_to(route, bridge, at)
+          nil ->
+            next(%{route | passed: [at | route.passed]})
+
+          bridge ->
+            LoadCounters.sending(counters, index)
+            send_to(route, bridge, at)
         end
     end
   end

@@ -12,9 +12,6 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
   A term as JSON. The error names the place of the innermost value that has no JSON form, after `what`, and does not show
   the value, which may be a key.
 
-      iex> {:ok, json} = DSPex.PythonBridge.Protocol.Payload.encode(%{n: 1}, "args")
-      iex> IO.iodata_to_binary(json)
-      ~s({"n":1})
       iex> {:error, error} = DSPex.PythonBridge.Protocol.Payload.encode(%{inputs: [%{q: {:b, 1}}]}, "args")
       iex> error.message
       "args.inputs[0].q: a tuple has no JSON form; a keyword list has to be written as a map"
@@ -40,11 +37,8 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
   defp parts(%{} = map) when not is_struct(map),
     do: for({key, value} <- map, do: {".#{string(key) || "?"}", value})
 
-  defp parts([_ | _] = list) do
-    if List.improper?(list),
-      do: [],
-      else: Enum.map(Enum.with_index(list), fn {value, n} -> {"[#{n}]", value} end)
-  end
+  defp parts([_ | _] = list) when length(list) > 0,
+    do: Enum.with_index(list, fn value, n -> {"[#{n}]", value} end)
 
   defp parts(_other), do: []
 
@@ -68,11 +62,6 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
   @doc """
   The term of a payload, or why it is not JSON. No string in the term keeps a large payload alive that is more than
   twice its size.
-
-      iex> DSPex.PythonBridge.Protocol.Payload.decode("[1]")
-      {:ok, [1]}
-      iex> DSPex.PythonBridge.Protocol.Payload.decode("hello")
-      {:error, {:invalid_json, "not JSON: invalid byte at 0"}}
   """
   @spec decode(binary()) :: {:ok, term()} | {:error, {:invalid_json, String.t()}}
   def decode(payload) do

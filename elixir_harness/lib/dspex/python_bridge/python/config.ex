@@ -45,21 +45,11 @@ defmodule DSPex.PythonBridge.Python.Config do
   """
   @spec keys() :: :ok | {:error, String.t()}
   def keys do
-    config = Application.get_all_env(:dspex)
-    autostart = Keyword.get(config, :autostart, true)
+    others = Keyword.keys(Application.get_all_env(:dspex)) -- @keys
 
-    text =
-      Enum.find_value(Keyword.keys(config) -- @keys, &misspelt/1) ||
-        if not is_boolean(autostart),
-          do: ":autostart: expected true or false, got #{inspect(autostart)}"
-
-    if text, do: {:error, "config :dspex, " <> text}, else: :ok
-  end
-
-  defp misspelt(:programs), do: ":programs: they belong to :python_bridge"
-
-  defp misspelt(key) do
-    text = Table.unknown(key, @keys)
-    if text =~ "did you mean", do: text
+    case Enum.find(Enum.map(others, &Table.unknown(&1, @keys)), &(&1 =~ "did you mean")) do
+      nil -> :ok
+      text -> {:error, "config :dspex, " <> text}
+    end
   end
 end
