@@ -63,7 +63,9 @@ def test_no_redirect_is_followed(start_lm: Any, folder: Path, lms: list[dict[str
             given = {**lm, **server.options()}
             ways: list[tuple[str, dict[str, Any]]] = [("qa", {}), ("qa", {"stream": True}), ("InThread", {})]
             if lm.get("model_type") != "text" and "extra_headers" not in lm:
-                ways += [("Typed", {}), ("Typed", {"stream": True})]
+                ways.append(("Typed", {}))
+            if "model_type" not in lm and "extra_headers" not in lm:
+                ways.append(("Typed", {"stream": True}))
             for status in STATUSES:
                 for program, envelope in ways:
                     before = len(server.requests)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lm_env
+from conftest import BY_LITELLM, lm_env
 from lm_server import KEY, LMServer, chat
 from peer import Peer
 from shared_peers import shared_peer
@@ -87,3 +87,15 @@ def test_an_lm_that_cannot_be_reached_is_named_within_its_connect_timeout(start_
             assert f"127.0.0.1:{port} cannot be reached within 0.5 s" in reply["error"]
             # DSPy alone: 7 s, LiteLLM: 13 s.
             assert time.monotonic() - began < 5
+
+
+@pytest.mark.slow
+def test_ollama_is_asked_at_its_address_by_litellm_as_well(start_lm: Any) -> None:
+    """LiteLLM asks it about the model, too, with another client."""
+    said = {"role": "assistant", "content": chat(answer="Paris")}
+    server = start_lm((200, {"model": "m", "message": said, "done": True, "prompt_eval_count": 3, "eval_count": 4}))
+    lm = {"model": "ollama_chat/m", "api_base": server.url.removesuffix("/v1"), **BY_LITELLM, "cache": False}
+    with shared_peer(env=lm_env(start_lm())) as peer:
+        peer.call("create_program", {**QA, "lm": lm})
+        assert execute(peer)["result"] == {"answer": "Paris"}
+    assert server.requests[0]["model"] == "m"
