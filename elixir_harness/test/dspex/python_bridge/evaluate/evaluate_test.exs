@@ -259,7 +259,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
       assert type in [:invalid_args, :invalid_request] and message =~ text
     end
 
-    for {program, text} <- [{Enum, "the module has no definition/0"}, {nil, "an id"}] do
+    for {program, text} <- [{Enum, "there is no such module with a definition/0"}, {nil, "an id"}] do
       assert {:error, %Error{type: :invalid_request, message: "program: " <> message}} =
                Evaluate.run(bridge, program, @examples, metric: fn _, _ -> 1 end)
 
