@@ -23,7 +23,13 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     use DSPex.PythonBridge.Program, id: "asked", signature: "question -> answer"
   end
 
+  defmodule Described do
+    @callback describe() :: String.t()
+    @optional_callbacks describe: 0
+  end
+
   defmodule Agent do
+    @behaviour Described
     use DSPex.PythonBridge.Program,
       id: "agent",
       program_type: "react",
