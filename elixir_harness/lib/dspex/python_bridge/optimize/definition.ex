@@ -41,7 +41,7 @@ defmodule DSPex.PythonBridge.Optimize.Definition do
 
     if id != nil and String.valid?(id) do
       with {:ok, body} <- encode(definition) do
-        %{tools: tools} = Programs.Definition.read(body)
+        %{tools: tools} = Programs.Body.read(body)
         {:ok, %__MODULE__{id: id, given: definition, tools: tools, spec: spec}}
       end
     else

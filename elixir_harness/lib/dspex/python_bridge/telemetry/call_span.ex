@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
 
   alias DSPex.PythonBridge.Error
   alias DSPex.PythonBridge.OTP.Registry
-  alias DSPex.PythonBridge.Programs.{Change, Definition}
+  alias DSPex.PythonBridge.Programs.{Body, Change}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Telemetry.{Emitter, Metadata, Usage}
 
@@ -154,7 +154,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   # As far as the program is known here.
   defp program_type(%{metadata: %{program_id: id}} = span) do
     with %{programs: table} <- id && Registry.get(span.kind, process(span)),
-         do: Definition.program_type(table, id),
+         do: Body.program_type(table, id),
          else: (_unknown -> nil)
   end
 
