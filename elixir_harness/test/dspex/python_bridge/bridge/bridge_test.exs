@@ -226,33 +226,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     end
   end
 
-  describe "request/4" do
-    test "says which bridge is not running: there is none, or it stops during the call" do
-      for server <- [:nobody, {:global, "no body"}, {:via, Registry, {Nowhere, 1}}, "text"] do
-        text = "the bridge #{inspect(server)} is not running"
-
-        assert {:error, %Error{type: :bridge_not_running, message: ^text}} =
-                 Bridge.request(server, :ping, %{}, [])
-
-        assert [error: %Error{message: ^text}] = Enum.to_list(Bridge.stream(server, %{}, []))
-      end
-
-      opts =
-        [name: __MODULE__.Stops] ++ FakePeer.opts(:silent, env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
-
-      bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
-      text = "the bridge #{inspect(__MODULE__.Stops)} is not running"
-
-      tasks =
-        for opts <- [[], [on_chunk: &is_map/1]],
-            do: Task.async(fn -> Bridge.request(__MODULE__.Stops, :ping, %{}, opts) end)
-
-      eventually(fn -> pending(bridge) == 2 end)
-      :ok = Bridge.stop(bridge)
-      for task <- tasks, do: assert({:error, %Error{message: ^text}} = Task.await(task))
-    end
-  end
-
   describe "cast/3" do
     test "returns at once and leaves nothing behind" do
       bridge = start_in(:echo)
@@ -541,21 +514,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert new != old
       eventually(fn -> not alive?(old) and not alive?(child) end, 1_000)
       assert alive?(new)
-    end
-
-    test "many at once end in one peer that serves, and no old one" do
-      bridge = start_up("echo")
-
-      pids =
-        for _ <- 1..10,
-            do:
-              (
-                Bridge.restart(bridge)
-                os_pid(bridge)
-              )
-
-      assert {:ok, _} = Bridge.call(bridge, :echo, %{}, 5_000)
-      eventually(fn -> Enum.filter(pids, &alive?/1) == [os_pid(bridge)] end)
     end
   end
 
