@@ -84,18 +84,6 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
       assert {:ok, %{"pid" => _}} = Pool.call(pool, :who, %{}, :infinity)
     end
 
-    test "has `pool_size` peers, under any name, next to other pools" do
-      start_up(pool_size: 1, name: :one_peer)
-      start_up(pool_size: 2, name: :two_peers)
-      assert length(bridges(:one_peer)) == 1
-      assert length(bridges(:two_peers)) == 2
-
-      assert pid_of(:one_peer) not in for(
-               %{os_pid: pid} <- Pool.status(:two_peers).peers,
-               do: pid
-             )
-    end
-
     test "refuses a wrong option with an error that names it" do
       for {opts, text} <- [
             {[pool_size: 0], ":pool_size"},
