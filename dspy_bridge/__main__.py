@@ -37,9 +37,14 @@ def main() -> int:
     if len(sys.argv) > 1:
         arguments, unknown = _parser().parse_known_args()
         if unknown:
-            # Without what may be the values of flags, and secrets.
-            names = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-            return refuse(f"{' '.join(['unknown arguments', *names])}; --help lists all")
+            # The values of flags may be secrets.
+            before = ["", *unknown]
+            names = [
+                text.partition("=")[0]
+                for text, last in zip(unknown, before, strict=False)
+                if text.startswith("-") or not last.startswith("-")
+            ]
+            return refuse(f"unknown arguments {' '.join(names)}; --help lists all")
         if arguments.selftest:
             from dspy_bridge import selftest
 
