@@ -6,7 +6,6 @@ makes. The tests stand in the order of that hour; what takes long is made once.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
