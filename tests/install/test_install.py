@@ -45,14 +45,6 @@ def run(*command: str | Path, cwd: Path, given: str = "", **env: str) -> subproc
     )
 
 
-def elixir(app: Path, code: str, **env: str) -> str:
-    """What a script prints in the running application."""
-    (app / "script.exs").write_text("alias DSPex.PythonBridge.Bridge\n" + code)
-    done = run("mix", "run", "script.exs", cwd=app, **env)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of the Hex package, as Hex would unpack them."""

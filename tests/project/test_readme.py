@@ -9,7 +9,6 @@ from test_docs import table
 
 README = (ROOT / "README.md").read_text()
 # A forge shows lines of this length without scrolling.
-COLUMNS = 90
 
 
 def test_what_happens_in_short_is_what_happens() -> None:

@@ -461,8 +461,6 @@ def test_a_program_with_dspy(scenario: str, tmp_path: Path) -> None:
     env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", tmp_path)))
     env["DSPY_BRIDGE_LM"] = "offline/echo"
     env["DSPY_BRIDGE_ALLOW_MODULES"] = "never_returns"
-    if scenario == "limits_are_those_of_the_environment":
-        env["DSPY_BRIDGE_MAX_IN_FLIGHT"] = env["DSPY_BRIDGE_MAX_QUEUE"] = "1"
     command = [sys.executable, str(FAKES / "erlport_program.py"), scenario]
     done = subprocess.run(command, env=env, cwd="/", capture_output=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()

@@ -9,11 +9,6 @@ from conftest import lm_env
 from peer import PATIENCE, ROOT, Peer
 
 QA = {"id": "qa", "signature": "question -> answer"}
-FIELDS = {
-    "inputs": [{"name": "question", "type": "string", "description": "what is asked"}],
-    "outputs": [{"name": "answer", "type": "integer"}],
-    "instructions": "Answer with a number.",
-}
 
 
 def test_every_adapter_is_answered_in_its_own_format(echo_peer: Peer) -> None:
@@ -128,13 +123,6 @@ def test_wrong_inputs_are_named_before_any_lm_is_asked(echo_peer: Peer, inputs: 
 
 
 # Valid values that DSPy cannot write into a prompt.
-UNSENDABLE = [
-    ("question -> answer", {"inputs": {"question": [None]}}),
-    ("question -> answer", {"inputs": {"question": [1]}}),
-    ("picture: image -> text", {"inputs": {"picture": "data:,x"}}),
-    ("picture: image -> text", {"inputs": {"picture": "data:image/png;base64,!!"}}),
-    ("question -> answer", {"inputs": {"question": "?"}, "config": {"temperature": 10**400}}),
-]
 
 
 def test_a_secret_at_the_end_of_a_long_error_is_not_cut_but_redacted(echo_peer: Peer) -> None:

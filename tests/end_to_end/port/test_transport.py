@@ -262,13 +262,6 @@ def test_a_log_that_nobody_reads_costs_no_reply(start_lm: Any) -> None:
         assert peer.process.wait(PATIENCE) == 0
 
 
-HANGS = """
-import atexit, time
-def init():
-    atexit.register(time.sleep, 60)
-"""
-
-
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
 def test_closed_standard_descriptors(closed: str) -> None:
     """Without input or output there is nothing to serve; without a log there is."""

@@ -1,4 +1,4 @@
-"""call_channel: streams, tool calls and slots of running calls. Without DSPy."""
+"""call: streams, tool calls and slots of running calls. Without DSPy."""
 
 from __future__ import annotations
 
