@@ -18,7 +18,7 @@ import pytest
 import dspy_bridge
 from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.metering import history
-from dspy_bridge.logs import content_filter, redaction
+from dspy_bridge.logs import redaction
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.signatures import media, type_parser
 from dspy_bridge.streaming import field_parsers, json_fields
@@ -72,7 +72,6 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         ["list<'a\\'b', \"c\">"],
     ),
     "remote_tools:_NAME": (lambda text: remote_tools._NAME.fullmatch(text), ["ab"]),
-    "content_filter:_PLACEHOLDER": (lambda text: content_filter._PLACEHOLDER.sub("", text), ["%% %5.1d"]),
 }
 # Those that read what the peer itself has written.
 OF_OUR_OWN = {"erlport:_HEAD"}
