@@ -9,6 +9,9 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
   alias DSPex.PythonBridge.Pool.Handle
   alias DSPex.Test.PoolProbe
 
+  # The name of a pool whose processes still end.
+  setup do: eventually(fn -> Process.whereis(Pool) == nil end)
+
   defp who(opts), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
 
   defp start(opts), do: start_supervised!({Pool, who(opts)})
