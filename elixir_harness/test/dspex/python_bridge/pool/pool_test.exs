@@ -10,7 +10,10 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
   alias DSPex.Test.PoolProbe
 
   # The name of a pool whose processes still end.
-  setup do: eventually(fn -> Process.whereis(Pool) == nil end)
+  setup do
+    eventually(fn -> Process.whereis(Pool) == nil end)
+    :ok
+  end
 
   defp who(opts), do: "who" |> fake_opts() |> Keyword.delete(:name) |> Keyword.merge(opts)
 
