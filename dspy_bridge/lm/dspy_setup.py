@@ -12,6 +12,8 @@ from typing import Any
 
 # The first LM call would fetch a price list of up to 32 MB from the network; the packaged one will do.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "true")
+# Optimizers would draw progress bars on standard error. tqdm reads it when it is imported.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import dspy
 
