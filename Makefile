@@ -117,7 +117,7 @@ docs: setup ## write the guides and modules as HTML into elixir_harness/doc; its
 	@echo "$(HARNESS)/doc/index.html"
 
 fuzz: setup ## send 100,000 mutated frames (FUZZ_FRAMES=)
-	$(PY) tests/fuzz.py $(FUZZ_FRAMES)
+	$(PY) tests/support/fuzz.py $(FUZZ_FRAMES)
 
 soak: setup ## 10 minutes (SOAK_MINUTES=) of calls with random kills; fails if a call is lost, memory grows or a process is left
 	cd $(HARNESS) && mix run --no-start ../tests/soak/soak.exs

@@ -458,7 +458,7 @@ def test_a_program_with_dspy(scenario: str, tmp_path: Path) -> None:
     """See there for what each says. Nothing is printed; what there is to log goes to stderr."""
     (tmp_path / "erlport").symlink_to(FAKES / "erlport")
     env = {name: value for name, value in os.environ.items() if not name.startswith("DSPY_BRIDGE_")}
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", tmp_path)))
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", tmp_path)))
     env["DSPY_BRIDGE_LM"] = "offline/echo"
     env["DSPY_BRIDGE_ALLOW_MODULES"] = "never_returns"
     command = [sys.executable, str(FAKES / "erlport_program.py"), scenario]

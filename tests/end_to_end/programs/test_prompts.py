@@ -89,7 +89,7 @@ def test_prompts_are_those_of_plain_dspy(start_lm: Callable[..., LMServer], adap
     ] * 2
     answers = [written(adapter, fields) for _, _, each in CASES.values() for fields in each] * 2
     server = start_lm(one_after_the_other(answers))
-    plain = sys.executable, str(ROOT / "tests" / "plain_programs.py"), server.url, KEY, json.dumps(asked)
+    plain = sys.executable, str(ROOT / "tests" / "support" / "plain_programs.py"), server.url, KEY, json.dumps(asked)
     subprocess.run(plain, check=True, timeout=120)
     expected = [json.dumps(request) for request in server.requests]
     assert len(expected) == len(answers)

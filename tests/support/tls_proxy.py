@@ -11,7 +11,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 # A certificate for the hosts of some providers, signed by itself, with its key.
-_CERTIFICATE = str(Path(__file__).with_name("fakes") / "any_host.pem")
+_CERTIFICATE = str(Path(__file__).parents[1] / "fakes" / "any_host.pem")
 
 
 class Sent(NamedTuple):

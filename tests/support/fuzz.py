@@ -1,7 +1,7 @@
 """`make fuzz`: a real peer gets mutated frames, hundreds in flight, and each reply is held to the protocol.
 
-    python tests/fuzz.py [COUNT] [--seed N]     COUNT mutated frames, 100,000 if not given
-    python tests/fuzz.py --frame BASE64         that one frame, to a peer of its own; prints the reply
+    python tests/support/fuzz.py [COUNT] [--seed N]     COUNT mutated frames, 100,000 if not given
+    python tests/support/fuzz.py --frame BASE64         that one frame, to a peer of its own; prints the reply
 
 `mutations` makes the frames, `expected` has the replies that they should get. The outer length is always right, except
 in the last packet, which the end of input cuts short. Pings between the frames narrow down which one caused a silence.

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Long enough for DSPy's import on a busy machine; no test waits for it to pass.
 PATIENCE = 60.0
 
