@@ -201,8 +201,13 @@ OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _LOOKUPS, "co
 SELECT_BACKEND = Name("dspy.clients.backend_selection:select_backend", "LiteLLM is imported by its first call", "lm")
 PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _LOOKUPS)
 
+# What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.
+_SLOWER = "LM calls are slower"
 _EXECUTION = "dspy.clients.execution"
-PREPARE = Name(f"{_EXECUTION}:prepare", "wrong LM settings are `internal` errors", "lm", "prompt")
+PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
+PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
+ROUTE = Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request")
+CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
 
 CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "self", "request")
 

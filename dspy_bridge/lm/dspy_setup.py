@@ -29,6 +29,7 @@ from dspy_bridge.lm.metering import endings, meter
 from dspy_bridge.lm.offline import offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
+from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
 
 # Equal options share LMs and so their connections; the least recently used options go first.
@@ -57,6 +58,11 @@ class LMs:
         routes.install()
         endings.install()
         meter.install()
+        # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
+        steps = [dspy_internals.PREPARE, dspy_internals.ROUTE, dspy_internals.PRICE_RESULT]
+        # A cache on disk is waited for.
+        steps += dspy_internals.CACHE_STEPS if settings.disk_cache is None else []
+        inline_executor.allow(step.value for step in steps if step.there)
         redaction.learn_environment()
         redaction.learn(settings.lm_options, for_good=True)
         self.settings = settings

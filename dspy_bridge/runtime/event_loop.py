@@ -1,4 +1,4 @@
-"""An asyncio event loop whose connections keep no context of the run that opened them.
+"""An asyncio event loop that runs short steps inline; its connections keep no context of the run that opened them.
 
 asyncio keeps for each callback the context in which it was registered. A connection to a provider stays open, and its
 context would keep all that the context variables refer to: DSPy's settings, its LMs, the arguments of the run. 20 runs
@@ -11,10 +11,11 @@ import asyncio
 import contextvars
 import selectors
 import time
+from collections.abc import Callable
 from typing import Any
 
 from dspy_bridge.errors import BridgeError
-from dspy_bridge.runtime.daemon_threads import DaemonThreads
+from dspy_bridge.runtime.inline_executor import InlineExecutor
 
 
 class WatchedSelector(selectors.DefaultSelector):
@@ -39,8 +40,22 @@ class EventLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self.watched = WatchedSelector()
         super().__init__(self.watched)
-        # More than Python's default of six: DSPy sends steps of each LM call there, and user code may block some.
-        self.set_default_executor(DaemonThreads(64, "dspy_bridge-hop"))
+        self.set_default_executor(InlineExecutor())
+
+    _run_inline: Callable[[Any, Callable[[], asyncio.Future[Any]]], asyncio.Future[Any] | None] | None = None
+
+    def set_default_executor(self, executor: Any) -> None:
+        """As asyncio's; an `InlineExecutor` is asked first."""
+        super().set_default_executor(executor)
+        self._run_inline = getattr(executor, "run_inline", None)
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]  # any callable
+        """As asyncio's; the future may be done already."""
+        if executor is None and not args and self._run_inline is not None:
+            future = self._run_inline(func, self.create_future)
+            if future is not None:
+                return future
+        return super().run_in_executor(executor, func, *args)
 
     # Private methods of asyncio. If they are gone, these are never called.
 
