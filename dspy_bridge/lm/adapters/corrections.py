@@ -182,14 +182,18 @@ def _unread(error: Any) -> str:
     cause = error.__cause__ or error.__context__
     field = next((f"{name}: " for name, info in error.signature.output_fields.items() if _names(error, name, info)), "")
     if isinstance(cause, pydantic.ValidationError):
-        first = cause.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = "".join(f"[{part!r}]" for part in first["loc"])
-        return f"{field}{place} {first['msg']}".strip()
+        return f"{field}{first_of(cause)}"
     if field or isinstance(cause, ValueError):
         return f"{field}{cause}"
     got = error.parsed_result or ()
     missing = [name for name in error.signature.output_fields if name not in got]
     return f"{', '.join(missing)} could not be read from it" if missing else "a value did not fit its type"
+
+
+def first_of(error: pydantic.ValidationError) -> str:
+    """What is wrong first, without the value."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    return f"{''.join(f'[{part!r}]' for part in first['loc'])} {first['msg']}".strip()
 
 
 def _names(error: Any, name: str, info: Any) -> bool:
