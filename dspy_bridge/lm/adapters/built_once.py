@@ -47,10 +47,13 @@ class PerSignature:
     def get(self, signature: Any, key: Any, make: Callable[[], Any]) -> Any:
         """The value of this signature and `key`."""
         # All that a prompt has of it. It can be changed in place, though DSPy makes a new one.
-        says = signature.instructions, [
-            (name, id(info.annotation), info.default, dict(info.json_schema_extra or ()))
-            for name, info in signature.fields.items()
-        ]
+        says = (
+            signature.instructions,
+            [
+                (name, id(info.annotation), info.default, dict(info.json_schema_extra or ()))
+                for name, info in signature.fields.items()
+            ],
+        )
         values = self._made.setdefault(signature, {})
         found = values.get(key)
         if found is None or found[0] != says:
