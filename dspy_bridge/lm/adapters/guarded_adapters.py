@@ -33,7 +33,7 @@ _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
 
 def guarded(adapter: dspy.Adapter, *, strict: bool) -> dspy.Adapter:
     """A guarded copy of one of DSPy's adapters; `strict`: answers that contradict themselves are refused."""
-    kind = _GUARDED.get(type(adapter))
+    kind = GUARDED.get(type(adapter))
     if kind is None:
         return adapter
     made = kind.__new__(kind)
@@ -173,7 +173,7 @@ if dspy_internals.JSON_FALLBACK.there:
     setattr(_Guarded, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
 
 
-_GUARDED: dict[type, Any] = {
+GUARDED: dict[type, Any] = {
     dspy.ChatAdapter: ChatAdapter,
     dspy.JSONAdapter: JSONAdapter,
     dspy.XMLAdapter: XMLAdapter,
