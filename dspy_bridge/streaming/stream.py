@@ -19,11 +19,10 @@ from dspy_bridge.lm import dspy_internals, main_loop
 from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.streaming import field_parsers
-from dspy_bridge.streaming.json_fields import JSONReader
 
 _READERS: dict[type, type[field_parsers.Reader]] = {
     dspy.ChatAdapter: field_parsers.ChatReader,
-    dspy.JSONAdapter: JSONReader,
+    dspy.JSONAdapter: field_parsers.JSONReader,
     dspy.XMLAdapter: field_parsers.XMLReader,
 }
 _READERS |= {guarded_adapters.GUARDED[kind]: reader for kind, reader in _READERS.items()}
