@@ -73,18 +73,17 @@ def headed(answer: str) -> Iterator[tuple[str, str]]:
 
 def keyed(answer: str) -> list[tuple[str, Any]]:
     """The keys and values of the first JSON object in an answer, with repeated keys; none if it is not JSON."""
-    pairs: list[tuple[str, Any]] = []
+    found: list[list[tuple[str, Any]]] = [[]]
 
-    def closed(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal pairs
-        pairs = found  # the outermost object is closed last
-        return dict(found)
+    def closed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found[0] = pairs  # the outermost object is closed last
+        return dict(pairs)
 
     try:
         json.JSONDecoder(object_pairs_hook=closed).raw_decode(answer, max(0, answer.find("{")))
     except (ValueError, RecursionError):
         return []  # DSPy repairs it, or not
-    return pairs
+    return found[0]
 
 
 def tagged(answer: str) -> list[tuple[str, str]]:

@@ -64,6 +64,7 @@ class _Guarded:
     strict = True
     # Splits an answer into the names and values of its fields.
     _sections: Callable[[str], Iterable[tuple[str, Any]]]
+    _clean_output: field_markers.Change = staticmethod(str)
     # Whether text that was formatted before (an agent's trajectory) is cleaned once more.
     _formatted_is_cleaned = False
 
@@ -91,10 +92,7 @@ class _Guarded:
                 await asyncio.sleep(0)  # what was said goes first
 
     def _clean_input(self, _signature: Signature, text: str) -> str:
-        return text
-
-    def _clean_output(self, text: str) -> str:
-        return text
+        return self._clean_output(text)
 
     def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
         messages = _plain(super().format(signature, demos, inputs))  # type: ignore[misc]
@@ -132,9 +130,6 @@ class _Guarded:
 
 
 class ChatAdapter(_Guarded, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
-    def _clean_input(self, _signature: Signature, text: str) -> str:
-        return field_markers.without_headers(text)
-
     _clean_output = staticmethod(field_markers.without_headers)
     _sections = staticmethod(field_markers.headed)
 
