@@ -14,7 +14,7 @@ from dspy_bridge.errors import (
     SetupFailed,
 )
 from dspy_bridge.lm import lm_call
-from dspy_bridge.lm.adapters import json_repair_limit
+from dspy_bridge.lm.adapters import json_answers
 from dspy_bridge.lm.transport import connecting
 
 
@@ -54,7 +54,7 @@ def _by_type(error: Exception) -> BridgeError | None:
         began = " ".join(str(error.lm_response).split())[:200]
         text = f"the LM's answer did not fit the signature: {problem}; expected {', '.join(wanted)}; it began {began!r}"
         return OutputInvalid(text)
-    if isinstance(error, json_repair_limit.TooMuchToRepair):
+    if isinstance(error, json_answers.TooMuchToRepair):
         return OutputInvalid(f"the LM's answer did not fit the signature: {error}")
     if isinstance(error, dspy.CodeInterpreterError):
         # Not an error of the code, which goes to the LM: the sandbox is missing, or did not start.

@@ -183,8 +183,7 @@ FORMAT_VALUE = Name(
 # What DSPy builds for each value: see `adapters/built_once`.
 _ANEW = "agents and typed values are slower"
 TYPE_ADAPTERS = [Name(f"dspy.adapters.{module}:TypeAdapter", _ANEW, "type") for module in ("utils", "xml_adapter")]
-TOOL_VALIDATE = Name("dspy.adapters.types.tool:validate", _ANEW, "instance", "schema")
-TOOL_ARGUMENT = Name("dspy.adapters.types.tool:create_model", _ANEW, "model_name")
+TOOL_ARGUMENTS = Name("dspy:Tool._validate_and_parse_args", _ANEW, "self")
 RESPONSE_MODEL = Name(
     "dspy.adapters.json_adapter:_get_structured_outputs_response_format",
     _ANEW,
@@ -192,7 +191,6 @@ RESPONSE_MODEL = Name(
     "use_native_function_calling",
 )
 FORMAT_TRAJECTORY = Name("dspy:ReAct._format_trajectory", _ANEW, "self", "trajectory")
-MAKE_SIGNATURE = Name("dspy.signatures.signature:make_signature", _ANEW, "signature")
 
 # What DSPy looks up for each LM call: see `transport/routes`.
 _LOOKUPS = "LM calls are slower"

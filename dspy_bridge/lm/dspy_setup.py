@@ -23,7 +23,7 @@ if not hasattr(dspy, "lm15"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
 from dspy_bridge.lm import answer_cache, dspy_internals, event_loop_lm, lm_call, lm_options, main_loop
-from dspy_bridge.lm.adapters import built_once, free_form_maps, guarded_adapters, json_repair_limit
+from dspy_bridge.lm.adapters import built_once, guarded_adapters, json_answers
 from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import endings, meter
 from dspy_bridge.lm.offline import offline_lm, script_lm
@@ -51,8 +51,7 @@ class LMs:
         dspy_internals.check()
         outgoing.install()
         litellm_route.install()
-        json_repair_limit.install()
-        free_form_maps.install()
+        json_answers.install()
         built_once.install()
         event_loop_lm.watch_executors()
         routes.install()

@@ -119,9 +119,9 @@ def _make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     model, of_dspy, scope, connect_timeout, limits, supports, key_of = lm_options.split(options, "lm")
     try:
         if model == echo_lm.NAME:
-            lm = echo_lm.EchoLM(**of_dspy)
+            lm = offline_lm.OfflineLM(model, echo_lm.answer, **of_dspy)
         elif model == script_lm.NAME:
-            lm = script_lm.ScriptLM(**of_dspy)
+            lm = offline_lm.OfflineLM(model, of_dspy.pop("answers").answer, **of_dspy)
         else:
             lm = LoopLM(model, **of_dspy)
     except (TypeError, ValueError, dspy.LMError) as error:

@@ -12,24 +12,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import dspy
-from dspy.streaming import StatusMessage
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.caller import Caller
-from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm import dspy_internals, main_loop
 from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.streaming import field_parsers
-from dspy_bridge.streaming.json_fields import JSONReader
 
 _READERS: dict[type, type[field_parsers.Reader]] = {
     dspy.ChatAdapter: field_parsers.ChatReader,
-    dspy.JSONAdapter: JSONReader,
+    dspy.JSONAdapter: field_parsers.JSONReader,
     dspy.XMLAdapter: field_parsers.XMLReader,
-    guarded_adapters.ChatAdapter: field_parsers.ChatReader,
-    guarded_adapters.JSONAdapter: JSONReader,
-    guarded_adapters.XMLAdapter: field_parsers.XMLReader,
 }
+_READERS |= {guarded_adapters.GUARDED[kind]: reader for kind, reader in _READERS.items()}
 # Fields of DSPy's modules before the outputs.
 _BEFORE = ("reasoning", "rationale")
 
@@ -56,7 +52,6 @@ class Stream:
         predictors write a field, the last one is assumed to be the one whose value counts.
         """
         self._call = call
-        self._loop = asyncio.get_running_loop()
         self._on_loop = on_loop
         fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
         self._fields = list(dict.fromkeys((*_BEFORE, *fields)))
@@ -89,25 +84,14 @@ class Stream:
             settings[dspy_internals.STREAM_LISTENERS.attribute] = listeners
         return settings
 
-    async def send(self, value: Any) -> None:
-        """Called by DSPy with each piece of an LM's answer, and with status messages."""
-        if isinstance(value, StatusMessage):
-            # From sync code DSPy calls this on an event loop of its own.
-            if asyncio.get_running_loop() is self._loop:
-                await self._call.stream_item({"status": str(value.message)})
-            else:
-                self._call.stream_item_threadsafe({"status": str(value.message)})
-            return
-        sent = False
-        for field, text in self._read(value):
-            sent = True
+    async def send(self, piece: Any) -> None:
+        """Called by DSPy with each piece of an LM's answer."""
+        chunks = self._read(piece)
+        for field, text in chunks:
             self._sent.setdefault(field, []).append(text)
-            sending = self._call.stream_item({"field": field, "chunk": text})
-            if asyncio.get_running_loop() is self._loop:
-                await sending
-            else:
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(sending, self._loop))
-        _correct_progress(sent)
+            # From sync code it may be called on another loop.
+            await main_loop.run(self._call.stream_item({"field": field, "chunk": text}))
+        _correct_progress(bool(chunks))
 
     def _read(self, piece: Any) -> list[field_parsers.Chunk]:
         answer = _answer.get()

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import free_form_maps
+from dspy_bridge.lm.adapters import json_answers
 
 
 class Item(pydantic.BaseModel):
@@ -22,7 +22,7 @@ class Holder(pydantic.BaseModel):
 
 
 def in_json_mode(annotation: Any) -> bool:
-    free_form_maps.install()
+    json_answers.install()
     has_open_map = dspy_internals.OPEN_MAPS._find(dspy_internals.OPEN_MAPS.path)
     return bool(has_open_map(dspy.Signature({"q": (str, dspy.InputField()), "a": (annotation, dspy.OutputField())})))
 

@@ -38,7 +38,7 @@ def test_a_module_with_only_a_sync_forward_runs_in_threads_with_dspys_context() 
     runner, threads = Runner(module), WorkerThreads()
 
     async def calls() -> list[Any]:
-        with dspy.context(lm=echo_lm.EchoLM(), callbacks=[offline_lm.WatchFormat()]):
+        with dspy.context(lm=offline_lm.OfflineLM(echo_lm.NAME, echo_lm.answer), callbacks=[offline_lm.WatchFormat()]):
             running = [asyncio.create_task(runner.run({"question": text}, threads)) for text in ("a", "b")]
             await asyncio.to_thread(module.meet.wait, 20)
             return await asyncio.gather(*running)

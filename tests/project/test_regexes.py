@@ -21,7 +21,7 @@ from dspy_bridge.lm.metering import history
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.signatures import media, type_parser
-from dspy_bridge.streaming import field_parsers, json_fields
+from dspy_bridge.streaming import field_parsers
 from dspy_bridge.wire import messages, pings
 
 SOURCES = sorted(Path(dspy_bridge.__file__).parent.rglob("*.py"))
@@ -43,10 +43,12 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
     "field_markers:without_tags": (lambda text: field_markers.without_tags(text, {"ab"}), ["x</ab >", "<ab/>"]),
     "field_parsers:_HEADER": (lambda text: field_parsers._HEADER.match(text), ["[[ ## ab ## ]]"]),
     "field_parsers:_BEGUN_HEADER": (lambda text: field_parsers._BEGUN_HEADER.fullmatch(text), ["[[ ## ab ## ]]"]),
-    "offline_lm:words": (_words, ["ab  cd"]),
-    "json_fields:_TEXT": (lambda text: json_fields._TEXT.match(text), [r"a\n\u00e9\ud83d\udc0e", r"\ud83dx"]),
-    "json_fields:_UNFINISHED": (lambda text: json_fields._UNFINISHED.fullmatch(text), [r"\u00e", r"\ud83d\udc0"]),
-    "json_fields:_NESTED": (lambda text: json_fields._NESTED.match(text), ["ab"]),
+    "field_markers:_HEADER": (field_markers.without_headers, ["[[ ## ab ## ]]"]),
+    "field_markers:without_tags": (lambda text: field_markers.without_tags(text, {"ab"}), ["<ab c>", "</ab/>"]),
+    "offline_lm:stream": (_words, ["ab  cd"]),
+    "field_parsers:_TEXT": (lambda text: field_parsers._TEXT.match(text), [r"a\n\u00e9\ud83d\udc0e", r"\ud83dx"]),
+    "field_parsers:_UNFINISHED": (lambda text: field_parsers._UNFINISHED.fullmatch(text), [r"\u00e", r"\ud83d\udc0"]),
+    "field_parsers:_NESTED": (lambda text: field_parsers._NESTED.match(text), ["ab"]),
     "media:_URL": (lambda text: media._URL.fullmatch(text), ["https://ab/cd"]),
     "media:_DATA_HEAD": (lambda text: media._DATA_HEAD.fullmatch(text), ["data:a/b;c=d;e=f;base64"]),
     "media:_MIME": (lambda text: media._MIME.fullmatch(text), ["a/b"]),

@@ -1,4 +1,4 @@
-"""field_parsers and json_fields: however an answer is split, the chunks of a field make the value of DSPy's parser."""
+"""field_parsers: however an answer is split, the chunks of a field make the value of DSPy's parser."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dspy_bridge.streaming.field_parsers import ChatReader, Reader, XMLReader
-from dspy_bridge.streaming.json_fields import JSONReader
+from dspy_bridge.streaming.field_parsers import ChatReader, JSONReader, Reader, XMLReader
 
 SIGNATURE = dspy.Signature("question -> first, second")
 FIELDS = ("first", "second")

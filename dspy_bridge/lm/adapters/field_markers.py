@@ -6,9 +6,8 @@ Pure, and linear in the length of the text: no part of a pattern can match where
 from __future__ import annotations
 
 import json
-import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 from xml.etree import ElementTree
 
@@ -36,25 +35,16 @@ def changed(value: Any, change: Change) -> Any:
 
     The same object if nothing is changed: the copy of a set may have another order.
     """
+    made: Any = value
     if isinstance(value, str):
-        text = change(value)
-        return value if text == value else text
-    if isinstance(value, dict):
-        keys, items = _changed_all(value, change), _changed_all(value.values(), change)
-        if keys is None and items is None:
-            return value
-        return dict(zip(keys or value, items or value.values(), strict=True))
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            found = _changed_all(value, change)
-            return value if found is None else kind(found)
-    return value
-
-
-def _changed_all(values: Collection[Any], change: Change) -> list[Any] | None:
-    """None if nothing is changed."""
-    made = [changed(value, change) for value in values]
-    return None if all(map(operator.is_, made, values)) else made
+        made = change(value)
+    elif isinstance(value, dict):
+        made = {changed(key, change): changed(item, change) for key, item in value.items()}
+    else:
+        for kind in (list, tuple, set, frozenset):
+            if isinstance(value, kind):
+                made = kind(changed(one, change) for one in value)
+    return value if made == value else made
 
 
 def without_tags(text: str, names: Set[str]) -> str:
@@ -83,18 +73,17 @@ def headed(answer: str) -> Iterator[tuple[str, str]]:
 
 def keyed(answer: str) -> list[tuple[str, Any]]:
     """The keys and values of the first JSON object in an answer, with repeated keys; none if it is not JSON."""
-    pairs: list[tuple[str, Any]] = []
+    found: list[list[tuple[str, Any]]] = [[]]
 
-    def closed(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal pairs
-        pairs = found  # the outermost object is closed last
-        return dict(found)
+    def closed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found[0] = pairs  # the outermost object is closed last
+        return dict(pairs)
 
     try:
         json.JSONDecoder(object_pairs_hook=closed).raw_decode(answer, max(0, answer.find("{")))
     except (ValueError, RecursionError):
         return []  # DSPy repairs it, or not
-    return pairs
+    return found[0]
 
 
 def tagged(answer: str) -> list[tuple[str, str]]:

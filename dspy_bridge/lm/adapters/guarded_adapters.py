@@ -8,6 +8,7 @@ Prompts whose inputs have no markers are DSPy's to the byte. Adapters of any oth
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -20,6 +21,7 @@ from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.adapters import built_once, corrections, field_markers
 from dspy_bridge.lm.metering import meter
+from dspy_bridge.runtime import event_loop
 
 Signature = type[dspy.Signature]
 
@@ -31,21 +33,12 @@ _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
 
 def guarded(adapter: dspy.Adapter, *, strict: bool) -> dspy.Adapter:
     """A guarded copy of one of DSPy's adapters; `strict`: answers that contradict themselves are refused."""
-    kind = _GUARDED.get(type(adapter))
+    kind = GUARDED.get(type(adapter))
     if kind is None:
         return adapter
     made = kind.__new__(kind)
     made.__dict__.update(adapter.__dict__, strict=strict)
     return made
-
-
-def _callbacks_once(kind: Any) -> Any:
-    """Remove DSPy's wrapper from a subclass's `format` and `parse`: with it callbacks would get each call twice."""
-    for name in ("format", "parse"):
-        made = vars(kind).get(name)
-        if made is not None:
-            setattr(kind, name, getattr(made, "__wrapped__", made))
-    return kind
 
 
 class _Formatted(str):
@@ -62,8 +55,8 @@ def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-class _Cleaning:
-    """Cleans the values of fields before they are written into a prompt.
+class _Guarded:
+    """Cleans the values of fields before they are written into a prompt, and asks again.
 
     DSPy's notation for images and the like is cleaned, too: it may come from an LM, by the trajectory of an agent.
     """
@@ -71,17 +64,39 @@ class _Cleaning:
     strict = True
     # Splits an answer into the names and values of its fields.
     _sections: Callable[[str], Iterable[tuple[str, Any]]]
+    _clean_output: field_markers.Change = staticmethod(str)
     # Whether text that was formatted before (an agent's trajectory) is cleaned once more.
     _formatted_is_cleaned = False
 
-    def _clean_input(self, _signature: Signature, text: str) -> str:
-        return text
+    def __init_subclass__(cls) -> None:
+        """Without DSPy's wrapper of `format` and `parse`: callbacks would get each call twice."""
 
-    def _clean_output(self, text: str) -> str:
-        return text
+    def __call__(self, lm: Any, lm_kwargs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        event_loop.refuse_sync_call()
+        with corrections.calling() as again:
+            while True:
+                try:
+                    return super().__call__(lm, dict(lm_kwargs), *args, **options)  # type: ignore[misc]
+                except Exception as error:
+                    if not again(type(self), error):
+                        raise
+
+    async def acall(self, lm: Any, lm_kwargs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        with corrections.calling() as again:
+            while True:
+                try:
+                    return await super().acall(lm, dict(lm_kwargs), *args, **options)  # type: ignore[misc]
+                except Exception as error:
+                    if not again(type(self), error):
+                        raise
+                await asyncio.sleep(0)  # what was said goes first
+
+    def _clean_input(self, _signature: Signature, text: str) -> str:
+        return self._clean_output(text)
 
     def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
-        return _plain(super().format(signature, demos, inputs))  # type: ignore[misc]
+        messages = _plain(super().format(signature, demos, inputs))  # type: ignore[misc]
+        return corrections.add_to(messages, type(self), signature)
 
     def format_system_message(self, signature: Signature) -> Any:
         # It depends on nothing else.
@@ -98,27 +113,28 @@ class _Cleaning:
         return super().format_assistant_message_content(signature, outputs, *args, **options)  # type: ignore[misc]
 
     def parse(self, signature: Signature, completion: str) -> Any:
+        try:
+            fields = self._read(signature, completion)
+            corrections.check(signature, fields)
+            return fields
+        except Exception as error:
+            # DSPy may catch it, and ask in JSON.
+            corrections.did_not_fit(type(self), completion, error)
+            raise
+
+    def _read(self, signature: Signature, completion: str) -> Any:
         fields = super().parse(signature, completion)  # type: ignore[misc]
         if self.strict:
             _refuse_contradictions(signature.output_fields, self._sections(completion))
         return fields
 
 
-@corrections.asking_again
-@_callbacks_once
-class ChatAdapter(_Cleaning, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
-    def _clean_input(self, _signature: Signature, text: str) -> str:
-        return field_markers.without_headers(text)
-
-    def _clean_output(self, text: str) -> str:
-        return field_markers.without_headers(text)
-
+class ChatAdapter(_Guarded, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types
+    _clean_output = staticmethod(field_markers.without_headers)
     _sections = staticmethod(field_markers.headed)
 
 
-@corrections.asking_again
-@_callbacks_once
-class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
+class XMLAdapter(_Guarded, dspy.XMLAdapter):  # type: ignore[misc]
     # The tags of a trajectory are its inputs'; the outputs of the next step are known only here.
     _formatted_is_cleaned = True
 
@@ -126,7 +142,7 @@ class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
         # DSPy reads an `entry` as the field that its attribute names.
         return field_markers.without_tags(text, {*signature.output_fields, "entry"})
 
-    def parse(self, signature: Signature, completion: str) -> Any:
+    def _read(self, signature: Signature, completion: str) -> Any:
         if self.strict:
             # Before DSPy reads it: DSPy makes a list of a repeated field and refuses that as the wrong type.
             found = field_markers.tagged(completion)
@@ -137,9 +153,7 @@ class XMLAdapter(_Cleaning, dspy.XMLAdapter):  # type: ignore[misc]
         return dspy.XMLAdapter.parse(self, signature, completion)
 
 
-@corrections.asking_again
-@_callbacks_once
-class JSONAdapter(_Cleaning, dspy.JSONAdapter):  # type: ignore[misc]
+class JSONAdapter(_Guarded, dspy.JSONAdapter):  # type: ignore[misc]
     """JSON quotes text, so text begins no field; only a key may come twice."""
 
     _sections = staticmethod(field_markers.keyed)
@@ -151,11 +165,10 @@ def _guarded_fallback(self: Any) -> dspy.Adapter:
 
 
 if dspy_internals.JSON_FALLBACK.there:
-    for _kind in (ChatAdapter, XMLAdapter):
-        setattr(_kind, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
+    setattr(_Guarded, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
 
 
-_GUARDED: dict[type, Any] = {
+GUARDED: dict[type, Any] = {
     dspy.ChatAdapter: ChatAdapter,
     dspy.JSONAdapter: JSONAdapter,
     dspy.XMLAdapter: XMLAdapter,

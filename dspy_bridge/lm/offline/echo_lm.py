@@ -11,7 +11,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.offline.offline_lm import Asked, OfflineLM
+from dspy_bridge.lm.offline.offline_lm import Asked
 
 NAME = "offline/echo"
 
@@ -26,15 +26,8 @@ _BY_FORMAT = {
 }
 
 
-class EchoLM(OfflineLM):
-    """No network, no model, the same answer to the same question."""
-
-    def __init__(self, **options: Any) -> None:
-        """`options`: those of `dspy.LM`."""
-        super().__init__(NAME, _reply, **options)
-
-
-def _reply(texts: list[str], asked: Asked | None) -> str:
+def answer(texts: list[str], asked: Asked | None) -> str:
+    """The same answer to the same question."""
     return _echo(texts[-1]) if asked is None else _answer(*asked)
 
 
@@ -47,14 +40,14 @@ def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict
         if name in step:
             outputs[name] = step[name]
         elif field.annotation is dspy.ToolCalls:
-            calls = [
-                {"name": tool.name, "args": _tool_args(tool, inputs, said)} for tool in inputs.get("tools", ())[:1]
-            ]
+            tools = inputs.get("tools", ())[:1]
+            calls = [{"name": tool.name, "args": _tool_args(tool, inputs, said)} for tool in tools]
             outputs[name] = dspy.ToolCalls.from_dict_list(calls)
         elif field.annotation is str and not field.metadata:
             outputs[name] = said
         else:
-            outputs[name] = _typed(field.rebuild_annotation(), name)
+            schema = pydantic.TypeAdapter(field.rebuild_annotation()).json_schema()
+            outputs[name] = _value(schema, schema.get("$defs", {}), name)
     text: str = adapter.format_assistant_message_content(signature, outputs)
     return text
 
@@ -83,20 +76,15 @@ def _echo(text: str) -> str:
     return f"echo: {text}"
 
 
-def _typed(annotation: Any, name: str) -> Any:
-    """A simple value of a type, by its JSON schema."""
-    schema = pydantic.TypeAdapter(annotation).json_schema()
-    return _value(schema, schema.get("$defs", {}), name)
-
-
 def _value(schema: dict[str, Any], definitions: dict[str, Any], name: str, depth: int = 0) -> Any:
     """A simple value that fits a JSON schema as pydantic writes it."""
     if "$ref" in schema:
         schema = definitions[schema["$ref"].rsplit("/", 1)[-1]]
-    if "const" in schema or "enum" in schema:
-        return schema.get("const", schema.get("enum", [None])[0])
-    if schema.get("examples"):
-        return schema["examples"][0]
+    if "const" in schema:
+        return schema["const"]
+    for choices in ("examples", "enum"):
+        if schema.get(choices):
+            return schema[choices][0]
     for choices in ("anyOf", "oneOf", "allOf"):
         if choices in schema:
             chosen = next((one for one in schema[choices] if one.get("type") != "null"), schema[choices][0])
@@ -111,37 +99,25 @@ def _value(schema: dict[str, Any], definitions: dict[str, Any], name: str, depth
         # A type that contains itself ends in an empty list.
         return [] if depth > 8 else [_value(item, definitions, name, depth + 1) for item in items]
     if kind in ("integer", "number"):
-        return _number(schema, kind)
-    plain: dict[str, Any] = {"boolean": True, "null": None}
-    if kind in plain:
-        return plain[kind]
+        low, high = (schema.get(f"{end}imum", schema.get(f"exclusive{end.title()}imum")) for end in ("min", "max"))
+        low = low if low is not None else 0 if high is None else min(0, high - 1)
+        middle = low + 1 if high is None else (low + high) / 2
+        return int(middle) if kind == "integer" else float(middle)
+    if kind in ("boolean", "null"):
+        return True if kind == "boolean" else None
     text = _BY_FORMAT.get(schema.get("format", ""), _echo(name))
     return text.ljust(schema.get("minLength", 0), ".")[: schema.get("maxLength")]
 
 
-def _number(schema: dict[str, Any], kind: str) -> Any:
-    low = schema.get("minimum", schema.get("exclusiveMinimum", 0))
-    high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    if "minimum" not in schema and "exclusiveMinimum" not in schema and high is not None:
-        low = min(low, high - 1)
-    middle = low + 1 if high is None else (low + high) / 2
-    if "multipleOf" in schema:
-        step = schema["multipleOf"]
-        middle = step * (middle // step + (0 if high is not None else 1))
-    return int(middle) if kind == "integer" else float(middle)
-
-
 def _object(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> dict[str, Any]:
     properties = schema.get("properties", {})
-    required = schema.get("required", ())
     if properties:
         # Deep in a type that contains itself only what is required.
-        names = [name for name in properties if depth <= 8 or name in required]
+        names = [name for name in properties if depth <= 8 or name in schema.get("required", ())]
         return {name: _value(properties[name], definitions, name, depth + 1) for name in names}
     values = schema.get("additionalProperties")
     if values is False:
         return {}
-    value = values if isinstance(values, dict) and values else {"type": "string"}
     # A name that is a number, too: a schema does not tell the type of the keys.
     key = "1" if "propertyNames" not in schema else _value(schema["propertyNames"], definitions, "key", depth + 1)
-    return {key: _value(value, definitions, "key", depth + 1)}
+    return {key: _value(values if isinstance(values, dict) else {}, definitions, "key", depth + 1)}

@@ -43,6 +43,11 @@ class WatchFormat(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             _asked.set(Asked(instance, inputs["signature"], inputs["inputs"]))
 
 
+_CONNECTION = frozenset(
+    ("api_key", "api_base", "base_url", "headers", "extra_headers", "timeout", "api_version", "organization", "project")
+)
+
+
 class OfflineLM(LoopLM):
     """No network, no model: the answers are `answer`'s."""
 
@@ -56,50 +61,31 @@ class OfflineLM(LoopLM):
         super().__init__(name, **{"cache": False, **options, **engines})
 
 
-_CONNECTION = frozenset(
-    ("api_key", "api_base", "base_url", "headers", "extra_headers", "timeout", "api_version", "organization", "project")
-)
-
-
 class _Engine:
     def __init__(self, name: str, answer: Answer) -> None:
         self._name = name
         self._answer = answer
 
     def complete(self, request: Any) -> Any:
-        text, usage = _reply(self._answer, [message.text or "" for message in request.messages])
+        texts = [message.text or "" for message in request.messages]
+        text = self._answer(texts, _asked.get())
+        read, written = sum(len(given.split()) for given in texts), len(text.split())
         return lm15.Response(
             id=None,
             model=self._name,
             message=lm15.Message.assistant([lm15.TextPart(text)]),
             finish_reason="stop",
-            usage=lm15.Usage(**usage),
+            usage=lm15.Usage(input_tokens=read, output_tokens=written, total_tokens=read + written),
         )
 
 
-class _AsyncEngine:
-    def __init__(self, name: str, answer: Answer) -> None:
-        self._name = name
-        self._engine = _Engine(name, answer)
-
+class _AsyncEngine(_Engine):
     async def complete(self, request: Any) -> Any:
-        return self._engine.complete(request)
+        return super().complete(request)
 
     async def stream(self, request: Any) -> AsyncIterator[Any]:
-        response = self._engine.complete(request)
+        response = super().complete(request)
         yield lm15.StreamStartEvent(model=self._name)
-        for word in words(response.message.text or ""):
+        for word in re.findall(r"\s*\S+|\s+", response.message.text or ""):
             yield lm15.StreamDeltaEvent(lm15.TextDelta(word))
         yield lm15.StreamEndEvent(finish_reason="stop", usage=response.usage)
-
-
-def _reply(answer: Answer, texts: list[str]) -> tuple[str, dict[str, int]]:
-    """The answer to messages, and how many words it took."""
-    text = answer(texts, _asked.get())
-    read, written = sum(len(given.split()) for given in texts), len(text.split())
-    return text, {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
-
-
-def words(text: str) -> list[str]:
-    """The pieces in which an answer is streamed."""
-    return re.findall(r"\s*\S+|\s+", text)

