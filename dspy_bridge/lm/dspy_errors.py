@@ -15,7 +15,7 @@ from dspy_bridge.errors import (
 )
 from dspy_bridge.lm import lm_call
 from dspy_bridge.lm.adapters import json_answers
-from dspy_bridge.lm.transport import connecting
+from dspy_bridge.lm.transport import outgoing
 
 
 def translate(error: Exception, settings: list[str]) -> Exception:
@@ -60,7 +60,7 @@ def _by_type(error: Exception) -> BridgeError | None:
         # Not an error of the code, which goes to the LM: the sandbox is missing, or did not start.
         why = str(error).strip().split("\n", 1)[0]
         return SetupFailed(f"the sandbox for code failed: {why}; DSPy's own needs Deno 2: pip install 'dspy[deno]'")
-    if isinstance(error, connecting.LMUnreachable):
+    if isinstance(error, outgoing.LMUnreachable):
         # For DSPy it is not: it would try again for seconds.
         return LMFailed(f"{type(error).__name__}: {error}", True)
     if isinstance(error, lm_call.LMOverloaded):

@@ -128,11 +128,6 @@ LITELLM_LEGACY, ASYNC_LITELLM_LEGACY = (
     Name(f"dspy.clients.engines:{engine}.complete_legacy", _OUTGOING, "self", "lm", "request")
     for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
 )
-# Of calls with a typed `Request`, which your application's modules may make.
-LITELLM_ARGUMENTS = [
-    Name(f"dspy.clients.engines:{engine}._arguments", _OUTGOING, "self", "request")
-    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
-]
 LITELLM_ENGINE, ASYNC_LITELLM_ENGINE = (
     Name(f"dspy.clients.engines:{engine}.complete", _OUTGOING, "self", "request")
     for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")

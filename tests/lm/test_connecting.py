@@ -10,7 +10,7 @@ import pytest
 from dspy_bridge.lm import rate_limits
 from dspy_bridge.lm.lm_call import Target
 from dspy_bridge.lm.rate_limits import Limits
-from dspy_bridge.lm.transport import connecting
+from dspy_bridge.lm.transport import outgoing
 
 URL = "http://lm.example:8080/v1/chat/completions"
 
@@ -21,7 +21,7 @@ class Refused(Exception):
 
 def connect(attempt: Any, *, retries: bool = True, seconds: float = 5) -> Any:
     target = Target("account", None, seconds, retries, None, rate_limits.lane("account", Limits()))
-    return asyncio.run(connecting.connect(attempt, target, URL, (Refused,)))
+    return asyncio.run(outgoing.connect(attempt, target, URL, (Refused,)))
 
 
 def attempts(*outcomes: Any) -> Any:
@@ -42,7 +42,7 @@ def test_a_server_that_is_just_starting_is_tried_again() -> None:
 
 @pytest.mark.parametrize(("retries", "seconds", "text"), [(False, 5, "within 5 s"), (True, 0.05, "within 0.05 s")])
 def test_the_error_names_host_and_port(retries: bool, seconds: float, text: str) -> None:
-    with pytest.raises(connecting.LMUnreachable, match=rf"lm.example:8080 cannot be reached {text}: no"):
+    with pytest.raises(outgoing.LMUnreachable, match=rf"lm.example:8080 cannot be reached {text}: no"):
         connect(attempts(Refused("no"), "too late"), retries=retries, seconds=seconds)
 
 
@@ -56,6 +56,6 @@ def test_all_attempts_together_have_the_time_of_one(first: float) -> None:
         await asyncio.sleep(given[-1])
         raise Refused("no answer")
 
-    with pytest.raises(connecting.LMUnreachable):
+    with pytest.raises(outgoing.LMUnreachable):
         connect(attempt, seconds=0.5)
     assert len(given) == (1 if first == 0.5 else 2) and sum(given) <= 0.5

@@ -16,7 +16,7 @@ def refused(model: str, key_of: str) -> bool:
     target = lm_call.Target("", None, 2.0, False, key_of, rate_limits.lane("", Limits()))
     with lm_call.of(target):
         try:
-            routes.refuse_elsewhere({"model": model})
+            routes.refuse_elsewhere(model)
         except routes.LMElsewhere as error:
             assert key_of in str(error) and model in str(error)
             return True

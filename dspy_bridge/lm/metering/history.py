@@ -5,9 +5,9 @@ Each call is encoded when it has ended, so that prompts are not kept longer than
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
-from collections import deque
 from typing import Any
 
 import jiter
@@ -30,49 +30,37 @@ class _TooLong(Exception):
     """There is more text than the whole history may have."""
 
 
-class Entry:
-    """One LM call. It has its place by its start, and its contents when it has ended."""
-
-    __slots__ = ("dropped", "messages", "rest")
-
-    def __init__(self) -> None:
-        # JSON; `rest` without the closing brace.
-        self.messages = self.rest = b""
-        self.dropped = False
-
-    def json(self) -> bytes:
-        return self.rest + b',"messages":' + self.messages + b"}"
-
-
 class History:
     """The LM calls of one run, of at most `most` bytes; calls may end in any order, on any thread."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
-        self._entries: list[Entry] = []
-        # In the order in which the calls ended: the first ones lose their messages, and then go.
-        self._with_messages: deque[Entry] = deque()
-        self._ended: deque[Entry] = deque()
+        self._numbers = itertools.count()
+        # JSON by the number of the call, in the order in which the calls ended: all without the messages and the
+        # closing brace, and the messages. The first ones lose their messages, and then go.
+        self._calls: dict[int, bytes] = {}
+        self._messages: dict[int, bytes] = {}
+        self._omitted = 0
         self._size = len(b'[{"omitted":1000000}]')
 
-    def begin(self) -> Entry:
-        """An entry for a call that starts."""
-        entry = Entry()
-        self._entries.append(entry)
-        return entry
+    def begin(self) -> int:
+        """The number of a call that starts."""
+        return next(self._numbers)
 
-    def end(self, entry: Entry, messages: Any, about: dict[str, Any]) -> None:
-        """The contents of an entry: what the LM was sent, and all else. The first time counts."""
-        encoded = self._encoded(messages, about)
+    def end(self, number: int, messages: Any, about: dict[str, Any]) -> None:
+        """The contents of a call: what the LM was sent, and all else. The first time counts."""
+        asked, rest = self._encoded(messages, about)
         with self._lock:
-            if entry.rest or entry.dropped:
+            if number in self._calls:
                 return
-            entry.messages, entry.rest = encoded
-            self._ended.append(entry)
-            self._with_messages.append(entry)
-            self._size += len(entry.json()) + 1
-            self._trim()
+            self._calls[number], self._messages[number] = rest, asked
+            self._size += len(_json(rest, asked)) + 1
+            while self._size > self._most and self._messages:
+                self._size -= len(self._messages.pop(next(iter(self._messages)))) - len(_GONE)
+            while self._size > self._most and self._calls:
+                self._size -= len(_json(self._calls.pop(next(iter(self._calls))))) + 1
+                self._omitted += 1
 
     def json(self) -> Encoded:
         """A JSON list, the call that started first at its head; without those that have not ended.
@@ -80,22 +68,10 @@ class History:
         If calls had to go its first element is `{"omitted": how many}`.
         """
         with self._lock:
-            omitted = sum(entry.dropped for entry in self._entries)
-            parts = [entry.json() for entry in self._entries if entry.rest]
-        if omitted:
-            parts.insert(0, b'{"omitted":%d}' % omitted)
+            parts = [_json(rest, self._messages.get(number, _GONE)) for number, rest in sorted(self._calls.items())]
+            if self._omitted:
+                parts.insert(0, b'{"omitted":%d}' % self._omitted)
         return Encoded(b"[" + b",".join(parts) + b"]")
-
-    def _trim(self) -> None:
-        while self._size > self._most and self._with_messages:
-            entry = self._with_messages.popleft()
-            if not entry.dropped:
-                self._size -= len(entry.messages) - len(_GONE)
-                entry.messages = _GONE
-        while self._size > self._most and self._ended:
-            entry = self._ended.popleft()
-            self._size -= len(entry.json()) + 1
-            entry.dropped, entry.messages, entry.rest = True, b"", b""
 
     def _encoded(self, messages: Any, about: dict[str, Any]) -> tuple[bytes, bytes]:
         try:
@@ -107,6 +83,10 @@ class History:
             return encode_value(_Shown(self._most).of(messages)), rest
         except _TooLong:
             return _GONE, rest
+
+
+def _json(rest: bytes, messages: bytes = _GONE) -> bytes:
+    return rest + b',"messages":' + messages + b"}"
 
 
 class _Shown:

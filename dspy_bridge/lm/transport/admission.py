@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm import lm_call, main_loop
@@ -33,15 +34,15 @@ async def admitted() -> AsyncIterator[None]:
         yield
         return
     call.run.request()
-    ticket = None
-    if call.target.lane.gate.watched:
+    ticket, gate = None, call.target.lane.gate
+    if gate.watched:
         ticket = Ticket(call.target.lane, call.run.deadline)
         call.begin_wait()
         try:
             await main_loop.run(_enter(ticket))
         except BaseException as error:
             # Cancelled on another loop it may have its place by now.
-            main_loop.call(_leave, ticket)
+            main_loop.call(_change, gate, gate.leave, ticket)
             call.run.not_sent()
             if isinstance(error, Overloaded):
                 raise call.run.overloaded(str(error)) from None
@@ -52,7 +53,7 @@ async def admitted() -> AsyncIterator[None]:
         yield
     finally:
         if ticket is not None:
-            main_loop.call(_leave, ticket)
+            main_loop.call(_change, gate, gate.leave, ticket)
 
 
 async def _enter(ticket: Ticket) -> None:
@@ -64,14 +65,13 @@ async def _enter(ticket: Ticket) -> None:
 
     ticket.settle = settle
     gate = ticket.lane.gate
-    gate.enter(ticket)
-    _advance(gate)
+    _change(gate, gate.enter, ticket)
     await gone
 
 
-def _leave(ticket: Ticket) -> None:
-    ticket.lane.gate.leave(ticket)
-    _advance(ticket.lane.gate)
+def _change(gate: Gate, change: Callable[..., None], *args: Any) -> None:
+    change(*args)
+    _advance(gate)
 
 
 # The timers of gates where requests wait.
@@ -111,7 +111,7 @@ def _refused(call: LMCall, target: Target, retry_after: str | None) -> None:
     call.begin_wait()
     if (seconds := _seconds(retry_after)) is None:
         return
-    main_loop.call(_pause, target.lane.gate, seconds)
+    main_loop.call(_change, target.lane.gate, target.lane.gate.pause, seconds)
     if target.retries and call.run.deadline is not None:
         left = call.run.deadline - time.monotonic()
         if seconds > left:
@@ -119,19 +119,10 @@ def _refused(call: LMCall, target: Target, retry_after: str | None) -> None:
             raise call.run.overloaded(text)
 
 
-def _pause(gate: Gate, seconds: float) -> None:
-    gate.pause(seconds)
-    _advance(gate)
-
-
 def spend(target: Target, tokens: int) -> None:
     """Count the tokens of an answer. From any thread."""
-    main_loop.call(_spend, target, tokens)
-
-
-def _spend(target: Target, tokens: int) -> None:
-    target.lane.gate.spend(tokens, target.lane)
-    _advance(target.lane.gate)
+    gate = target.lane.gate
+    main_loop.call(_change, gate, gate.spend, tokens, target.lane)
 
 
 def _seconds(retry_after: str | None) -> float | None:

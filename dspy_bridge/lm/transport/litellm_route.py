@@ -21,8 +21,7 @@ from typing import Any
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall
-from dspy_bridge.lm.transport import admission, connecting, routes
-from dspy_bridge.lm.transport.outgoing import Count, LMAnswerRefused, not_redirected
+from dspy_bridge.lm.transport import admission, outgoing, routes
 from dspy_bridge.logs import redaction
 
 _importing: Future[None] | None = None
@@ -31,12 +30,10 @@ _lock = Lock()
 
 def install() -> None:
     """Wrap the places where DSPy calls LiteLLM, once in a process."""
-    for name in dspy_internals.LITELLM_ARGUMENTS:
-        name.wrap(_with_header_in_arguments)
-    dspy_internals.LITELLM_LEGACY.wrap(lambda complete: _guarding(_with_header_in_request(complete)))
-    dspy_internals.ASYNC_LITELLM_LEGACY.wrap(lambda complete: _calling(_with_header_in_request(complete)))
-    dspy_internals.LITELLM_ENGINE.wrap(_guarding)
-    dspy_internals.ASYNC_LITELLM_ENGINE.wrap(_calling)
+    for name in (dspy_internals.LITELLM_LEGACY, dspy_internals.LITELLM_ENGINE):
+        name.wrap(_guarding)
+    for name in (dspy_internals.ASYNC_LITELLM_LEGACY, dspy_internals.ASYNC_LITELLM_ENGINE):
+        name.wrap(_calling)
     dspy_internals.ASYNC_LITELLM_STREAM.wrap(_streaming)
 
 
@@ -46,6 +43,7 @@ def _guarding(complete: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(complete)
     def call(*args: Any, **kwargs: Any) -> Any:
         start().result()
+        _refuse_elsewhere(*args, **kwargs)
         with _guarded():
             return complete(*args, **kwargs)
 
@@ -55,7 +53,7 @@ def _guarding(complete: Callable[..., Any]) -> Callable[..., Any]:
 def _calling(complete: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(complete)
     async def call(*args: Any, **kwargs: Any) -> Any:
-        async with _call():
+        async with _call(*args, **kwargs):
             return await complete(*args, **kwargs)
 
     return call
@@ -64,7 +62,7 @@ def _calling(complete: Callable[..., Any]) -> Callable[..., Any]:
 def _streaming(stream: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stream)
     async def call(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        async with _call(), aclosing(stream(*args, **kwargs)) as events:
+        async with _call(*args, **kwargs), aclosing(stream(*args, **kwargs)) as events:
             async for event in events:
                 yield event
 
@@ -72,12 +70,21 @@ def _streaming(stream: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @asynccontextmanager
-async def _call() -> AsyncIterator[None]:
+async def _call(*args: Any, **kwargs: Any) -> AsyncIterator[None]:
     # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
     await asyncio.shield(asyncio.wrap_future(start()))
+    _refuse_elsewhere(*args, **kwargs)
     async with admission.admitted():
         with _guarded():
             yield
+
+
+def _refuse_elsewhere(engine: Any, *args: Any, request: Any = None, **_context: Any) -> None:
+    """Raises `LMElsewhere`. The request: the last argument, an object with all options or a typed `Request`."""
+    request = args[-1] if args else request
+    options = {**getattr(engine, "client_options", {}), **(request if isinstance(request, dict) else {})}
+    model = getattr(engine, "wire_model", None) or options.get("model") or request.model
+    routes.refuse_elsewhere(model, options.get("custom_llm_provider"))
 
 
 @contextmanager
@@ -139,7 +146,7 @@ def _body(httpx: Any) -> Callable[..., Any]:
 
         def __init__(self, stream: Any, received: Callable[[], None], call: LMCall) -> None:
             self._stream, self._received, self._call = stream, received, call
-            self._count = Count()
+            self._count = outgoing.Count()
 
         def __iter__(self) -> Iterator[bytes]:
             return map(self._counted, self._stream)
@@ -168,7 +175,7 @@ def _noted(call: LMCall) -> Iterator[None]:
     """Notes our errors for `_guarded`: LiteLLM, and the clients below it, make errors of their own of them."""
     try:
         yield
-    except (LMAnswerRefused, connecting.LMUnreachable, lm_call.LMOverloaded) as error:
+    except (outgoing.LMAnswerRefused, outgoing.LMUnreachable, lm_call.LMOverloaded) as error:
         call.refused = error
         raise
 
@@ -182,6 +189,8 @@ def _guarded_call(client: Any, request: Any, options: dict[str, Any]) -> LMCall 
         raise call.refused  # LiteLLM tries again
     if _is_private(request):
         options["follow_redirects"] = False
+        if (traceparent := tracing.current()) is not None:
+            request.headers[tracing.TRACEPARENT] = traceparent
     # A value set for this request alone may be signed.
     if request.headers.get("accept-encoding") == client.headers.get("accept-encoding"):
         request.headers["accept-encoding"] = "identity"
@@ -191,7 +200,7 @@ def _guarded_call(client: Any, request: Any, options: dict[str, Any]) -> LMCall 
 def _check(body: Any, response: Any, request: Any, call: LMCall) -> None:
     received = admission.answered(response.status_code, response.headers.get)
     if _is_private(request):
-        not_redirected(response.status_code, response.headers.get("location"))
+        outgoing.not_redirected(response.status_code, response.headers.get("location"))
     response.stream = body(response.stream, received, call)
 
 
@@ -212,7 +221,7 @@ def _sending(body: Any, failures: tuple[type[Exception], ...], send: Callable[..
             if call.target is None:
                 response = await send(self, request, stream=True, **options)
             else:
-                response = await connecting.connect(attempt, call.target, str(request.url), failures)
+                response = await outgoing.connect(attempt, call.target, str(request.url), failures)
             try:
                 _check(body, response, request, call)
                 if not stream:
@@ -251,39 +260,3 @@ def _sending_sync(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
 def _is_private(request: Any) -> bool:
     """Whether it has a prompt or a key; LiteLLM also gets images, for providers that take no addresses."""
     return request.method != "GET" or any(redaction.names_secret(name) for name in request.headers)
-
-
-def _with_header_in_request(complete: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(complete)
-    def call(self: Any, lm: Any, request: dict[str, Any], **context: Any) -> Any:
-        return complete(self, lm, _checked(request), **context)
-
-    return call
-
-
-def _with_header_in_arguments(arguments: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    @functools.wraps(arguments)
-    def add_header(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return _checked(arguments(self, *args, **kwargs))
-
-    return add_header
-
-
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    """LiteLLM's keyword arguments with the traceparent, which replaces one of the LM's own.
-
-    It goes into `headers`, not `extra_headers`: those LiteLLM also puts into the body that some providers get.
-    Raises `LMElsewhere`.
-    """
-    routes.refuse_elsewhere(options)
-    traceparent = tracing.current()
-    if traceparent is None:
-        return options
-    changed = {**options, "headers": options.get("headers") or {}}
-    for key in ("headers", "extra_headers"):
-        # Anything but a dict is LiteLLM's to refuse.
-        if isinstance(given := changed.get(key), dict):
-            changed[key] = {name: value for name, value in given.items() if name.lower() != tracing.TRACEPARENT}
-    if isinstance(headers := changed["headers"], dict):
-        headers[tracing.TRACEPARENT] = traceparent
-    return changed

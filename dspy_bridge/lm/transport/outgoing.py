@@ -10,25 +10,37 @@ for LiteLLM see `litellm_route`.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import dspy
 
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals, lm_call
-from dspy_bridge.lm.transport import admission, connecting
+from dspy_bridge.lm.lm_call import Target
+from dspy_bridge.lm.transport import admission
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
+# Between attempts to connect, in seconds. Each further delay is twice as long.
+_FIRST_DELAY = 0.1
+# A transport may take a timeout of 0 for none.
+_SHORTEST = 0.001
+T = TypeVar("T")
 
 
 class LMAnswerRefused(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
     """An answer is too long, or a redirect. Not worth a retry."""
+
+
+class LMUnreachable(dspy.LMError):  # type: ignore[misc]
+    """No connection to the LM's server. DSPy does not try again."""
 
 
 class Count:
@@ -49,6 +61,28 @@ def not_redirected(status: int, location: str | None) -> None:
     if 300 <= status < 400:
         to = urlsplit(location or "").hostname or "another path"
         raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
+
+
+async def connect(
+    attempt: Callable[[float], Awaitable[T]], target: Target, url: str, failures: tuple[type[Exception], ...]
+) -> T:
+    """What `attempt(seconds)` returns, which may take so long to connect. Raises `LMUnreachable` with host and port.
+
+    `failures`: what it raises if there is no connection. A server that is just being started may refuse at first, so
+    attempts that fail at once are repeated, within the target's `connect_timeout`; DSPy would try for 7 to 13 s.
+    """
+    end, delay = time.monotonic() + target.connect_timeout, _FIRST_DELAY
+    while True:
+        try:
+            return await attempt(max(end - time.monotonic(), _SHORTEST))
+        except failures as error:
+            if not target.retries or time.monotonic() + delay >= end:
+                parts = urlsplit(url)
+                port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+                within = f"within {target.connect_timeout:g} s"
+                raise LMUnreachable(f"{parts.hostname}:{port} cannot be reached {within}: {error}") from error
+        await asyncio.sleep(delay)
+        delay *= 2
 
 
 def install() -> None:
@@ -73,7 +107,7 @@ def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
                     timed = dataclasses.replace(request, connect_timeout=seconds)
                     return await stack.enter_async_context(stream(self, timed))
 
-                response = await connecting.connect(attempt, target, request.url, failures)
+                response = await connect(attempt, target, request.url, failures)
             received = admission.answered(response.status, response.header)
             not_redirected(response.status, response.header("location"))
 

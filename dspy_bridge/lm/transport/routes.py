@@ -30,8 +30,6 @@ WITHOUT_ADDRESS = frozenset(
 )
 # With USE_LITELLM_PROXY all LMs are asked there, the peer's own, too.
 _PROXY = "litellm_proxy"
-
-
 # LiteLLM asks it with a client of its own, past `litellm_route`.
 _UNGUARDED = "aiohttp_openai"
 
@@ -96,14 +94,13 @@ def provider(model: str, *, text: bool = False) -> str | None:
     return _PARTS.get(head, head) if slash else None
 
 
-def refuse_elsewhere(arguments: dict[str, Any]) -> None:
-    """Raise `LMElsewhere` if LiteLLM would take these arguments to another provider than that of the peer's key."""
-    if _UNGUARDED in (arguments["model"].partition("/")[0], arguments.get("custom_llm_provider")):
+def refuse_elsewhere(model: str, custom_provider: str | None = None) -> None:
+    """Raise `LMElsewhere` if LiteLLM would take the model to another provider than that of the peer's key."""
+    if _UNGUARDED in (model.partition("/")[0], custom_provider):
         raise LMElsewhere(f"LiteLLM follows redirects for {_UNGUARDED}/; name the model openai/…")
     target = lm_call.target()
     if target is None or target.key_of is None:
         return
-    model = arguments["model"]
     ask = dspy_internals.LITELLM_PROVIDER
     try:
         found = str(ask.value(model)[1] if ask.there else model.partition("/")[0])

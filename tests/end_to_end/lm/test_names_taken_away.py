@@ -17,14 +17,11 @@ from tls_proxy import TLSProxy
 
 from dspy_bridge.lm import dspy_internals
 
-# Some cannot go alone: those that one `__init__` sets, and those of a common base.
+# Some cannot go alone: those that one `__init__` sets.
 GROUPS: dict[str, list[dspy_internals.Name]] = {}
 for _name in NAMES:
     _owner = _name.dotted.rpartition(".")[0]
-    _key = (
-        _owner if _name.of_instances else _name.attribute if _name in dspy_internals.LITELLM_ARGUMENTS else _name.dotted
-    )
-    GROUPS.setdefault(_key, []).append(_name)
+    GROUPS.setdefault(_owner if _name.of_instances else _name.dotted, []).append(_name)
 # Below LiteLLM.
 LAZY = [
     name
