@@ -10,6 +10,7 @@ from statistics import fmean
 
 from dspy_bridge.caller import item_ends
 from dspy_bridge.errors import Cancelled, TimedOut, hits_all
+from dspy_bridge.runtime import large_inputs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,10 +55,11 @@ async def evaluate(args: dict[str, Any], program: Program, work: Work, call: Cal
     A result that failed has the score 0. Without inputs the mean is None. Raises `ToolFailed` as soon as the metric
     fails, `LMFailed` or `LMNotConfigured` if an LM refuses the key, as it would for all.
     """
-    metric, examples = await program.metric(args["metric"], args["inputs"], args.get("expected"))
+    metric = program.read_metric(args["metric"])
+    examples = await large_inputs.in_thread(lambda: program.expected(metric, args["inputs"], args.get("expected")))
 
     async def score(index: int, outputs: dict[str, Any]) -> dict[str, Any]:
-        value, feedback = await metric.score(examples[index], outputs, call)
+        value, feedback = await metric.score(examples[index][0], outputs, call)
         return {"score": value} if feedback is None else {"score": value, "feedback": feedback}
 
     results = await run(args, work, call, score)
