@@ -28,9 +28,10 @@ import threading
 
 from dspy_bridge import app, settings
 from dspy_bridge.dispatch import error_replies
+from dspy_bridge.runtime.daemon_threads import DaemonThreads
 from dspy_bridge.settings import SettingError
 from dspy_bridge.wire import messages
-from dspy_bridge.wire.erlport_terms import Unfit, WrongCall, check_receiver, from_term, to_command, to_term
+from dspy_bridge.wire.erlport_terms import Unfit, check_receiver, from_term, to_command, to_term
 from dspy_bridge.wire.frames import TooLarge
 from dspy_bridge.wire.json_values import encode_value
 
@@ -63,10 +64,9 @@ def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
     atom = _atom()
     try:
         check_receiver(pid)
-    except WrongCall as error:
-        return _reply(messages.encode_failure(None, messages.failure("invalid_request", str(error))), atom)
-    _start_caster()
-    _send(command, args, lambda payload: _casts.put((pid, ref, payload)))
+    except Unfit as error:
+        return _reply(messages.encode_failure(None, _failure(error)), atom)
+    _send(command, args, lambda payload: _casts.submit(_cast, pid, ref, payload))
     return atom(b"ok")
 
 
@@ -88,13 +88,9 @@ class Peer:
         id = next(self._ids)
         payload = encode_value({"id": id, "command": command, "args": args})
         self._waiting[id] = reply
-        try:
-            answer = self._receive(payload)
-        except BaseException:  # no thread for the loop, an interrupt
-            self._waiting.pop(id, None)
-            raise
+        answer = self._receive(payload)
         if answer is not None:
-            self._answer(id, answer)
+            self._waiting.pop(id)(answer)
 
     def _receive(self, payload: bytes) -> bytes | None:
         fits = len(payload) <= self.settings.max_frame_bytes
@@ -103,19 +99,13 @@ class Peer:
             self._dispatcher.wake()
         return answer
 
-    def _answer(self, id: int, payload: bytes) -> None:
-        reply = self._waiting.pop(id, None)
-        if reply is not None:
-            reply(payload)
-
-    # On the event loop's thread.
-
     def _deliver(self, payloads: Iterable[bytes]) -> None:
+        """On the event loop's thread."""
         for payload in payloads:
             head = _HEAD.match(payload)
             assert head is not None, "neither streams nor log frames are requested"
             if head[2] == b"success":
-                self._answer(int(head[1]), payload)
+                self._waiting.pop(int(head[1]))(payload)
             else:
                 tool_call = json.loads(payload)["tool_call"]
                 result = {"call_id": tool_call["call_id"], "success": False, "error": _NO_TOOLS}
@@ -124,10 +114,9 @@ class Peer:
 
 _lock = threading.Lock()
 _peer: Peer | None = None
-# Replies to `submit`. Not sent on the event loop: ErlPort takes long to encode a large reply, and its pipe may be full,
+# Sends replies to `submit`. Not the event loop: ErlPort takes long to encode a large reply, and its pipe may be full,
 # which must not delay the other runs.
-_casts: queue.SimpleQueue[tuple[Any, Any, bytes]] = queue.SimpleQueue()
-_caster: threading.Thread | None = None
+_casts = DaemonThreads(1, "dspy_bridge-cast")
 
 
 def _the_peer() -> Peer:
@@ -144,41 +133,22 @@ def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
     try:
         peer = _the_peer()
         peer.send(to_command(command), from_term(args), reply)
-        return
-    except Unfit as unfit:
-        failure = messages.failure(unfit.error_type, error_replies.one_line(str(unfit)))
-    except WrongCall as error:
-        failure = messages.failure("invalid_request", str(error))
-    except SettingError as error:
-        failure = messages.failure("internal", error_replies.one_line(str(error)))
     except Exception as error:
-        failure = error_replies.describe(error, _log_exception)
-    reply(messages.encode_failure(None, failure))
+        reply(messages.encode_failure(None, _failure(error)))
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, (Unfit, SettingError)):
+        return messages.failure(getattr(error, "error_type", "internal"), error_replies.one_line(str(error)))
+    return error_replies.describe(error, _log_exception)
 
 
 def _reply(payload: bytes, atom: Callable[[bytes], Any]) -> dict[bytes, Any]:
     """The term of a reply. Not parsed by jiter, which reads 200 levels: the result alone may have as many."""
-    try:
-        reply = json.loads(payload)
-        del reply["id"]
-        term: dict[bytes, Any] = to_term(reply, atom)
-    except Exception as error:
-        term = to_term(error_replies.describe(error, _log_exception), atom)
+    reply = json.loads(payload)
+    del reply["id"]
+    term: dict[bytes, Any] = to_term(reply, atom)
     return term
-
-
-def _start_caster() -> None:
-    global _caster
-    with _lock:
-        if _caster is None:
-            _caster = threading.Thread(target=_cast_all, name="dspy_bridge-cast", daemon=True)
-            _caster.start()
-
-
-def _cast_all() -> None:
-    while True:
-        # A function of its own, as locals would keep the last reply alive while this waits.
-        _cast(*_casts.get())
 
 
 def _cast(pid: Any, ref: Any, payload: bytes) -> None:
@@ -187,7 +157,7 @@ def _cast(pid: Any, ref: Any, payload: bytes) -> None:
         importlib.import_module("erlport.erlang").cast(pid, (atom(b"dspy_reply"), ref, _reply(payload, atom)))
     except EOFError:  # ErlPort raises it when Erlang is gone
         pass
-    except Exception as error:  # a reference that ErlPort cannot encode must not stop the thread
+    except Exception as error:  # such as a reference that ErlPort cannot encode
         _log_exception(error)
 
 

@@ -24,22 +24,15 @@ def main() -> int:
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     failed = False
     try:
-        for number, (name, payload, wanted) in enumerate(_STEPS, 1):
+        for number, (name, payload, wanted) in enumerate((*_STEPS, ("end of input: exit 0", None, 0)), 1):
             begin = time.perf_counter()
-            reply = _ask(peer, payload)
+            reply = _end(peer) if payload is None else _ask(peer, payload)
             took = (time.perf_counter() - begin) * 1000
             good = _contains(reply, wanted)
             failed = failed or not good
             print(f"{'ok' if good else 'FAILED':6} {number} {name:<44} {took:8.1f} ms")  # noqa: T201
             if not good:
                 print(f"       expected {wanted}\n       got      {reply}")  # noqa: T201
-        begin = time.perf_counter()
-        assert peer.stdin is not None
-        peer.stdin.close()
-        code = peer.wait(SECONDS)
-        took = (time.perf_counter() - begin) * 1000
-        failed = failed or code != 0
-        print(f"{'ok' if code == 0 else 'FAILED':6} {len(_STEPS) + 1} {'end of input: exit 0':<44} {took:8.1f} ms")  # noqa: T201
     finally:
         peer.kill()
         peer.wait()
@@ -84,6 +77,12 @@ def _ask(peer: subprocess.Popen[bytes], payload: bytes) -> Any:
         return json.loads(peer.stdout.read(int.from_bytes(head, "big")))
     except (OSError, ValueError) as error:
         return f"no reply: {error}"
+
+
+def _end(peer: subprocess.Popen[bytes]) -> int:
+    assert peer.stdin is not None
+    peer.stdin.close()
+    return peer.wait(SECONDS)
 
 
 def _contains(got: Any, wanted: Any) -> bool:

@@ -39,7 +39,7 @@ class Setting:
 
 
 class Settings:
-    """The values of all settings, checked. Options of the LM may hold secrets and stay out of the repr."""
+    """The values of all settings, checked."""
 
     lm: str | None
     lm_options: dict[str, Any]
@@ -72,10 +72,6 @@ class Settings:
             except ValueError as error:
                 raise SettingError(f"{setting.variable} ({setting.flag}): {error}") from None
             setattr(self, setting.name, value)
-
-    def __repr__(self) -> str:
-        shown = (f"{s.name}={getattr(self, s.name)!r}" for s in SETTINGS if s.name != "lm_options")
-        return f"Settings({', '.join(shown)}, lm_options=…)"
 
 
 def load(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
@@ -124,19 +120,20 @@ def _object(text: str) -> dict[str, Any]:
     return value
 
 
+def _dotted(text: str, expected: str) -> str:
+    if not all(part.isidentifier() for part in text.replace(":", ".", 1).split(".")):
+        raise ValueError(f"expected {expected}")
+    return text
+
+
 def _function(text: str) -> str | None:
-    module, _, name = text.partition(":")
-    if text and not (all(part.isidentifier() for part in module.split(".")) and name.isidentifier()):
-        raise ValueError("expected package.module:function")
-    return text or None
+    # Without a colon there is no name.
+    return _dotted(text if ":" in text else "", "package.module:function") if text else None
 
 
 def _prefixes(text: str) -> tuple[str, ...]:
-    prefixes = tuple(prefix.strip() for prefix in text.split(",") if prefix.strip())
-    for prefix in prefixes:
-        if not all(part.isidentifier() for part in prefix.replace(":", ".", 1).split(".")):
-            raise ValueError("expected a list such as my_app.programs,my_app.other:Class")
-    return prefixes
+    prefixes = (prefix.strip() for prefix in text.split(",") if prefix.strip())
+    return tuple(_dotted(prefix, "a list such as my_app.programs,my_app.other:Class") for prefix in prefixes)
 
 
 def _folder(text: str) -> str | None:

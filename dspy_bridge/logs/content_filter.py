@@ -1,14 +1,13 @@
 """Removes contents from log records.
 
 The message of a library's record or of an exception may quote an LM's answer or a client's inputs. So of an exception
-its type and its places in the code are logged, of a library's record the template of its message. Pure.
+its type and its places in the code are logged, of a library's record its place. Pure.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import re
 import sys
 import traceback
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 _LIBRARIES = ("dspy", "litellm")
 # Only the first line is fixed: pydantic's warnings and asyncio's errors quote values after it.
 _FIRST_LINE = ("py.warnings", "asyncio")
-_PLACEHOLDER = re.compile(r"%%|%[^a-zA-Z%]*[a-zA-Z]")
 
 
 def without_contents(record: logging.LogRecord) -> logging.LogRecord:
@@ -32,11 +30,7 @@ def without_contents(record: logging.LogRecord) -> logging.LogRecord:
     cleaned = copy.copy(record)
     if first_line:
         cleaned.msg, cleaned.args = record.getMessage().partition("\n")[0], ()
-    elif library and record.args:
-        cleaned.msg = _PLACEHOLDER.sub(lambda found: "%" if found[0] == "%%" else "…", str(record.msg))
-        cleaned.args = ()
     elif library:
-        # It may be an f-string, which has its values already.
         cleaned.msg, cleaned.args = f"text withheld, {record.module}.py line {record.lineno}", ()
     if record.exc_info and record.exc_info[1] is not None:
         cleaned.exc_text = _traceback(record.exc_info[1])

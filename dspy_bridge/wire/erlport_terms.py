@@ -15,26 +15,19 @@ MAX_LEVELS = 199
 # First bytes of pids and references (an alias is one) in the external term format, in which ErlPort passes them; the
 # second of each is that of OTP 22 and older.
 _PIDS_AND_REFERENCES = (b"X", b"g", b"Z", b"r")
-# The most steps of a path that an error shows.
-_MOST_STEPS = 20
+# The longest path that an error shows, in characters.
+_MOST_PATH = 100
 
 
 class Unfit(Exception):
-    """A term without a JSON form. The text has its path."""
+    """A term that cannot be taken. The text names it."""
 
-    def __init__(self, why: str, error_type: str = "invalid_args") -> None:
-        super().__init__(why)
+    def __init__(self, where: str, why: str, error_type: str = "invalid_args") -> None:
+        super().__init__(f"{where if len(where) <= _MOST_PATH else where[:_MOST_PATH] + '…'}: {why}")
         self.error_type = error_type
-        # Innermost first.
-        self.steps: list[str] = []
-
-    def __str__(self) -> str:
-        steps = self.steps[::-1]
-        more = "…" if len(steps) > _MOST_STEPS else ""
-        return f"args{''.join(steps[:_MOST_STEPS])}{more}: {super().__str__()}"
 
 
-def from_term(term: Any, depth: int = 1) -> Any:
+def from_term(term: Any, path: str = "args", depth: int = 1) -> Any:
     """The JSON value of a term. Raises `Unfit`.
 
     Binaries are strings; a charlist is a list of integers and stays one. The atoms nil, undefined, true and false
@@ -43,27 +36,24 @@ def from_term(term: Any, depth: int = 1) -> Any:
     # In addition to ErlPort's own types: str, as a decoder of the program may return it.
     if isinstance(term, bytes):
         # ErlPort converts true, false and undefined itself.
-        return None if _is_atom(term) and term in (b"nil", b"undefined") else _text(term)
-    if term is None or isinstance(term, (bool, str)):
+        return None if _is_atom(term) and term in (b"nil", b"undefined") else _text(term, path)
+    if term is None or isinstance(term, (bool, str, float)):
         return term
     if isinstance(term, int):
-        return _checked(term)
-    if isinstance(term, float):
-        return term
+        return _checked(term, path)
     if depth > MAX_LEVELS:
-        raise Unfit(f"nested deeper than {MAX_LEVELS} levels", "invalid_json")
+        raise Unfit(path, f"nested deeper than {MAX_LEVELS} levels", "invalid_json")
     if isinstance(term, dict):
-        return _object(term, depth)
+        value: dict[str, Any] = {}
+        for key, item in term.items():
+            name = _key(key, path)
+            if name in value:
+                raise Unfit(path, f"two of its keys are the text {name!r}")
+            value[name] = from_term(item, f"{path}.{name}", depth + 1)
+        return value
     if isinstance(term, list) and not hasattr(term, "tail"):
-        items: list[Any] = []
-        try:
-            for item in term:
-                items.append(from_term(item, depth + 1))
-        except Unfit as unfit:
-            unfit.steps.append(f"[{len(items)}]")
-            raise
-        return items
-    raise Unfit(f"expected a map, a list, a binary, an atom or a number, got {_name(term)}")
+        return [from_term(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(term)]
+    raise Unfit(path, f"expected a map, a list, a binary, an atom or a number, got {_name(term)}")
 
 
 def to_term(value: Any, atom: Callable[[bytes], Any], in_list: bool = False) -> Any:
@@ -85,15 +75,11 @@ def to_term(value: Any, atom: Callable[[bytes], Any], in_list: bool = False) -> 
     return value
 
 
-class WrongCall(Exception):
-    """An invalid command or receiver."""
-
-
 def to_command(term: Any) -> str:
-    """The command, from a binary, an atom or a charlist. Raises `WrongCall`."""
+    """The command, from a binary, an atom or a charlist. Raises `Unfit`."""
     try:
         if isinstance(term, bytes):
-            return _text(term)
+            return _text(term, "command")
         if isinstance(term, str):
             return term
         if isinstance(term, list):
@@ -101,11 +87,11 @@ def to_command(term: Any) -> str:
     except (Unfit, TypeError, ValueError, OverflowError):
         pass
     name = "a binary that is not UTF-8" if isinstance(term, bytes) else _name(term)
-    raise WrongCall(f"command: expected text, a binary, an atom or a charlist, got {name}")
+    raise Unfit("command", f"expected text, a binary, an atom or a charlist, got {name}", "invalid_request")
 
 
 def check_receiver(term: Any) -> None:
-    """Raises `WrongCall` for a receiver for which `!` may fail in Erlang, as that ends the whole ErlPort instance.
+    """Raises `Unfit` for a receiver for which `!` may fail in Erlang, as that ends the whole ErlPort instance.
 
     It fails for what is not an address, and for a registered name that is gone when the reply comes; for `{name, node}`
     never.
@@ -116,35 +102,17 @@ def check_receiver(term: Any) -> None:
     if isinstance(term, tuple) and len(term) == 2 and all(map(_is_atom, term)) and b"@" in term[1]:
         return
     why = ": that name may be gone when the reply comes" if _is_atom(term) else ""
-    raise WrongCall(f"pid: expected a pid, an alias or {{name, node}}, got {_name(term)}{why}")
+    raise Unfit("pid", f"expected a pid, an alias or {{name, node}}, got {_name(term)}{why}", "invalid_request")
 
 
-def _object(term: dict[Any, Any], depth: int) -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    for key, item in term.items():
-        name = _key(key)
-        if name in value:
-            raise Unfit(f"two of its keys are the text {name!r}")
-        try:
-            value[name] = from_term(item, depth + 1)
-        except Unfit as unfit:
-            unfit.steps.append(f".{name}")
-            raise
-    return value
-
-
-def _key(key: Any) -> str:
-    if isinstance(key, bytes):
-        return _text(key)
-    if isinstance(key, str):
-        return key
+def _key(key: Any, path: str) -> str:
     if key is None:
         return "undefined"
-    if isinstance(key, bool):
-        return "true" if key else "false"
-    if isinstance(key, int):
-        return str(_checked(key))
-    raise Unfit(f"expected keys that are binaries, atoms or integers, got {_name(key)}")
+    if isinstance(key, bytes):
+        return _text(key, path)
+    if isinstance(key, (str, int)):
+        return str(key).lower() if isinstance(key, bool) else str(key if isinstance(key, str) else _checked(key, path))
+    raise Unfit(path, f"expected keys that are binaries, atoms or integers, got {_name(key)}")
 
 
 def _is_atom(term: Any) -> bool:
@@ -152,33 +120,28 @@ def _is_atom(term: Any) -> bool:
     return isinstance(term, bytes) and type(term) is not bytes
 
 
-def _text(term: bytes) -> str:
-    if _is_atom(term):
-        # As ErlPort lets Erlang send them. An atom without a Latin-1 form ends Python while ErlPort reads it.
-        return term.decode("latin-1")
+def _text(term: bytes, path: str) -> str:
     try:
-        return term.decode()
+        # Atoms as ErlPort lets Erlang send them. One without a Latin-1 form ends Python while ErlPort reads it.
+        return term.decode("latin-1" if _is_atom(term) else "utf-8")
     except UnicodeDecodeError as bad:
         why = f"expected text in UTF-8: invalid byte at {bad.start}; other data goes as base64"
-        raise Unfit(why, "invalid_json") from None
+        raise Unfit(path, why, "invalid_json") from None
 
 
-def _checked(term: int) -> int:
+def _checked(term: int, path: str) -> int:
     if not -_INT_LIMIT < term < _INT_LIMIT:
-        raise Unfit(f"expected integers of at most {MAX_INT_DIGITS} digits", "invalid_json")
+        raise Unfit(path, f"expected integers of at most {MAX_INT_DIGITS} digits", "invalid_json")
     return term
 
 
 def _name(term: Any) -> str:
     if _is_atom(term):
         return "an atom"
-    if isinstance(term, tuple):
-        return "a tuple"
     if isinstance(term, list):
         return "an improper list" if hasattr(term, "tail") else "a list"
     names = {type(None): "undefined", bool: "a boolean", int: "a number", float: "a number", dict: "a map"}
-    names[bytes] = names[str] = "text"
-    for kind, name in names.items():
+    for kind, name in {**names, tuple: "a tuple", bytes: "text", str: "text"}.items():
         if isinstance(term, kind):
             return name
     # Pids, references, ports and funs, and Python objects that have been to Erlang and back.

@@ -52,27 +52,33 @@ class Request:
 
     __slots__ = ("args", "command", "history", "id", "lm_events", "meta", "stream", "timeout_ms", "traceparent")
 
-    def __init__(
-        self,
-        id: Id,
-        command: str,
-        args: dict[str, Any],
-        timeout_ms: float | None = None,
-        stream: bool = False,
-        meta: bool = False,
-        traceparent: str | None = None,
-        history: bool = False,
-        lm_events: bool = False,
-    ) -> None:
+    stream: bool
+    history: bool
+    lm_events: bool
+
+    def __init__(self, id: Id, message: dict[str, Any]) -> None:
+        """Of an envelope. Raises `NotAMessage`."""
         self.id = id
-        self.command = command
-        self.args = args
-        self.timeout_ms = timeout_ms
-        self.stream = stream
-        self.meta = meta
-        self.traceparent = traceparent
-        self.history = history
-        self.lm_events = lm_events
+        self.command: str = message.get("command")  # type: ignore[assignment]  # checked here
+        if type(self.command) is not str:
+            raise NotAMessage(f"command: expected text, got {_got(message, 'command')}", id)
+        args = message.get("args")
+        self.args: dict[str, Any] = {} if args is None else args
+        if type(self.args) is not dict:
+            raise NotAMessage(f"args: expected an object, got {_json_name(args)}", id)
+        self.timeout_ms: float | None = message.get("timeout_ms")
+        if self.timeout_ms is not None and not (type(self.timeout_ms) in (int, float) and self.timeout_ms > 0):
+            raise NotAMessage("timeout_ms: expected a number of milliseconds greater than 0", id)
+        for name in ("stream", "meta", "history", "lm_events"):
+            flag = message.get(name, False)
+            if type(flag) is not bool:
+                raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
+            setattr(self, name, flag)
+        self.meta: bool = self.meta or self.history or self.lm_events
+        self.traceparent: str | None = message.get("traceparent")
+        if self.traceparent is not None and not _is_traceparent(self.traceparent):
+            text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
+            raise NotAMessage(f"traceparent: {text}", id)
 
 
 class Encoded(bytes):
@@ -111,32 +117,8 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
             return _tool_result(message["tool_result"])
     id = message.get("id")
     if not _is_id(id):
-        raise NotAMessage(f"id: expected an integer or text, got {_json_name(id) if 'id' in message else 'nothing'}")
-    command = message.get("command")
-    if type(command) is not str:
-        got = _json_name(command) if "command" in message else "nothing"
-        raise NotAMessage(f"command: expected text, got {got}", id)
-    args = message.get("args")
-    if args is None:
-        args = {}
-    elif type(args) is not dict:
-        raise NotAMessage(f"args: expected an object, got {_json_name(args)}", id)
-    timeout_ms = message.get("timeout_ms")
-    if timeout_ms is not None and not (type(timeout_ms) in (int, float) and timeout_ms > 0):
-        raise NotAMessage("timeout_ms: expected a number of milliseconds greater than 0", id)
-    flags = []
-    for name in ("stream", "meta", "history", "lm_events"):
-        flag = message.get(name, False)
-        if type(flag) is not bool:
-            raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
-        flags.append(flag)
-    traceparent = message.get("traceparent")
-    if traceparent is not None and not _is_traceparent(traceparent):
-        text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
-        raise NotAMessage(f"traceparent: {text}", id)
-    stream, meta, history, lm_events = flags
-    meta = meta or history or lm_events
-    return Request(id, command, args, timeout_ms, stream, meta, traceparent, history, lm_events)
+        raise NotAMessage(f"id: expected an integer or text, got {_got(message, 'id')}")
+    return Request(id, message)
 
 
 def _cancel(message: dict[str, Any]) -> Cancel:
@@ -269,6 +251,10 @@ def _is_id(value: object) -> TypeGuard[Id]:
 
 def _is_traceparent(value: object) -> bool:
     return type(value) is str and re.fullmatch(_TRACEPARENT, value) is not None
+
+
+def _got(message: dict[str, Any], key: str) -> str:
+    return _json_name(message[key]) if key in message else "nothing"
 
 
 def _json_name(value: object) -> str:

@@ -11,14 +11,6 @@ def listed(registry: Registry) -> list[str]:
     return [entry.id for entry in registry.answered()]
 
 
-def test_a_definition_is_found_at_once_and_listed_once_answered() -> None:
-    registry = Registry()
-    entry = registry.add("x", DEFINITION)
-    assert registry.get("x") is entry and listed(registry) == []
-    registry.confirm(entry)
-    assert listed(registry) == ["x"]
-
-
 def test_a_failed_replacement_brings_back_what_was_before() -> None:
     registry = Registry()
     first = registry.add("x", DEFINITION)
@@ -32,13 +24,6 @@ def test_a_failed_replacement_brings_back_what_was_before() -> None:
     assert registry.get("x") is first
     registry.discard(third)
     assert registry.get("x") is first, "discarding twice changes nothing"
-
-
-def test_a_failed_first_definition_leaves_nothing() -> None:
-    registry = Registry()
-    entry = registry.add("x", DEFINITION)
-    registry.discard(entry)
-    assert registry.get("x") is None and entry.working() is None
 
 
 def test_what_was_cleaned_up_does_not_come_back() -> None:

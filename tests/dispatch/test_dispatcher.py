@@ -16,7 +16,6 @@ from dspy_bridge import tracing
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, Overloaded
-from dspy_bridge.wire.frames import TooLarge
 
 
 class Bench:
@@ -145,12 +144,6 @@ def test_work_and_what_is_logged_of_its_failure_are_in_the_trace_of_their_reques
     assert [line for line in bench.logged[2:] if "failed" in line] == [f"failed in {second}", "failed in None"]
 
 
-def test_a_frame_that_was_too_large_is_told_without_an_id() -> None:
-    reply = Bench().dispatcher.receive(TooLarge(5000))
-    assert reply is not None and json.loads(reply)["id"] is None
-    assert json.loads(reply)["error_type"] == "frame_too_large" and "5000" in json.loads(reply)["error"]
-
-
 @pytest.mark.parametrize("kind", ["exit", "interrupt", "base"])
 def test_whatever_work_raises_the_loop_lives_on(kind: str) -> None:
     bench = Bench()
@@ -196,15 +189,6 @@ def test_one_that_ignores_its_cancel_answers_once_and_keeps_its_place_until_it_e
     assert bench.cancelled.get(timeout=20) == 1
     bench.feed(work(2))
     assert bench.next()["id"] == 2 and bench.replies.empty()
-
-
-def test_waiting_requests_start_in_order_as_places_come_free() -> None:
-    bench = Bench(max_in_flight=1, max_queue=5)
-    bench.feed(*(work(id, hold=True) for id in range(5)))
-    assert bench.started.get(timeout=20) == 0
-    bench.release()
-    assert [bench.started.get(timeout=20) for _ in range(4)] == [1, 2, 3, 4]
-    assert [bench.next()["id"] for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
 def test_work_that_is_not_limited_does_not_wait_for_places() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import erlport.erlang
 from erlport.erlterms import Opaque, decode, encode
-from lm_server import Answer, LMServer, chat
+from lm_server import LMServer, chat
 
 from dspy_bridge import erlport as bridge
 
@@ -140,55 +140,6 @@ def a_call_holds_up_its_caller_only() -> None:
     assert call(b"execute_program", execute_args(1))[b"result"] == {b"answer": b"Paris"}
     thread.join()
     assert seen == ["true", {b"answer": b"echo: q0"}]
-    server.stop()
-
-
-def tools_are_told_that_they_need_a_port() -> None:
-    """The agent gets an error for the tool at once, and goes on."""
-    asked: list[str] = []
-
-    def answer(request: dict[str, Any]) -> Answer:
-        asked.append(str(request["messages"]))
-        if len(asked) == 1:
-            return chat(next_thought="look", next_tool_name="search", next_tool_args='{"text": "x"}')
-        if len(asked) == 2:
-            return chat(next_thought="enough", next_tool_name="finish", next_tool_args="{}")
-        return chat(reasoning="r", answer="none")
-
-    server = LMServer(answer)
-    tool = {"name": b"search", "description": b"d", "args": {"text": {"type": b"string"}}}
-    create(server, program_type=b"react", tools=[tool])
-    reply: Any = call(b"execute_program", execute_args())
-    assert reply[b"success"] == "true" and reply[b"result"][b"answer"] == b"none", reply
-    assert "tools need a port" in asked[1]
-    server.stop()
-
-
-def limits_are_those_of_the_environment() -> None:
-    """One runs, one waits (DSPY_BRIDGE_MAX_IN_FLIGHT, DSPY_BRIDGE_MAX_QUEUE), a third is too many."""
-    server = LMServer(lambda _request: chat(answer="Paris"))
-    create(server)
-    server.gate.clear()
-    submit("first", b"execute_program", execute_args(1))
-    assert server.arrived.acquire(timeout=PATIENCE)
-    submit("second", b"execute_program", execute_args(2))
-    submit("third", b"execute_program", execute_args(3))
-    assert received(1)["third"][b"error_type"] == b"overloaded"
-    server.gate.set()
-    assert {ref: reply[b"success"] for ref, reply in received(2).items()} == {"first": "true", "second": "true"}
-    server.stop()
-
-
-def a_receiver_that_is_none_is_refused() -> None:
-    """The instance goes on, and with it what others have submitted."""
-    server = LMServer(lambda _request: chat(answer="Paris"))
-    create(server)
-    server.gate.clear()
-    submit(1, b"execute_program", execute_args())
-    refused: Any = encode(bridge.submit(decode("gone"), 2, b"ping", {}))
-    server.gate.set()
-    assert refused[b"error_type"] == b"invalid_request"
-    assert received(1)[1][b"success"] == "true" and erlport.erlang.ended == []
     server.stop()
 
 

@@ -6,7 +6,6 @@ makes. The tests stand in the order of that hour; what takes long is made once.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -44,14 +43,6 @@ def run(*command: str | Path, cwd: Path, given: str = "", **env: str) -> subproc
         timeout=300,
         check=False,
     )
-
-
-def elixir(app: Path, code: str, **env: str) -> str:
-    """What a script prints in the running application."""
-    (app / "script.exs").write_text("alias DSPex.PythonBridge.Bridge\n" + code)
-    done = run("mix", "run", "script.exs", cwd=app, **env)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +110,6 @@ def test_after_setup_the_doctor_is_content(ready: Path) -> None:
     assert re.search("^– optimizers .*mix dspex.setup --with optimizers", done.stdout, re.MULTILINE)
 
 
-def test_setup_once_more_has_nothing_to_do(ready: Path) -> None:
-    python = ready / "_build" / "dspex_venv" / "pyvenv.cfg"
-    before = python.stat().st_mtime_ns
-    done = run("mix", "dspex.setup", cwd=ready)
-    assert done.returncode == 0, done.stdout
-    assert python.stat().st_mtime_ns == before and "config :dspex" not in done.stdout
-
-
 def test_setup_with_uv_and_optimizers(app: Path) -> None:
     """With the uv that is on the PATH, and what MIPROv2 and SIMBA need, in the pinned versions."""
     tools = app.parent / "tools"
@@ -159,27 +142,6 @@ def test_a_first_call_in_iex(ready: Path) -> None:
     assert '"it is ok"' in done.stdout, done.stdout
 
 
-def test_a_typed_program(ready: Path) -> None:
-    code = """
-    {:ok, %{"status" => "created"}} =
-      Bridge.call(:create_program, %{
-        id: "triage",
-        program_type: "chain_of_thought",
-        signature: %{
-          inputs: [%{name: "ticket", type: "string"}],
-          outputs: [
-            %{name: "team", type: "Literal['billing', 'support']"},
-            %{name: "urgent", type: "boolean"}
-          ]
-        }
-      })
-
-    {:ok, answer} = Bridge.call(:execute_program, %{program_id: "triage", inputs: %{ticket: "Charged twice!"}})
-    IO.inspect({answer["team"] in ["billing", "support"], is_boolean(answer["urgent"]), is_binary(answer["reasoning"])})
-    """
-    assert "{true, true, true}" in elixir(ready, code)
-
-
 @pytest.fixture
 def lm() -> Iterator[LMServer]:
     """A provider that knows one key, which nobody here has; its refusal repeats what it was given, as OpenAI's does."""
@@ -188,49 +150,6 @@ def lm() -> Iterator[LMServer]:
     )
     yield server
     server.stop()
-
-
-def test_a_wrong_key(ready: Path, lm: LMServer) -> None:
-    """A typed error, not worth a retry, that does not repeat the key."""
-    code = f"""
-    {{:ok, _}} = Bridge.call(:create_program, %{{id: "qa", signature: "question -> answer",
-      lm: %{{model: "openai/gpt-4o-mini", api_base: {json.dumps(lm.url)}, api_key: {json.dumps(KEY)}}}}})
-
-    args = %{{program_id: "qa", inputs: %{{question: "Why?"}}}}
-    {{:error, error}} = Bridge.request(Bridge, :execute_program, args, [])
-    IO.inspect({{error.type, error.retryable}})
-    IO.puts(error.message)
-    """
-    text = elixir(ready, code)
-    assert "{:lm_error, false}" in text and KEY not in text
-    assert lm.authorizations[0] == f"Bearer {KEY}"
-    assert "Incorrect API key provided" in text
-
-
-def test_a_killed_peer(ready: Path) -> None:
-    """The call after it is answered, by another Python that has the program."""
-    code = """
-    {:ok, _} = Bridge.call(:create_program, %{id: "qa", signature: "question -> answer"})
-    %{os_pid: first} = Bridge.get_status()
-    {_, 0} = System.cmd("kill", ["-9", "#{first}"])
-    {:ok, %{"answer" => _}} = Bridge.call(:execute_program, %{program_id: "qa", inputs: %{question: "Still there?"}})
-    %{os_pid: second} = Bridge.get_status()
-    IO.puts("another: #{second != first}")
-    """
-    assert "another: true" in elixir(ready, code)
-
-
-def test_a_misspelt_setting_is_named_with_the_nearest(ready: Path) -> None:
-    config = ready / "config" / "config.exs"
-    before = config.read_text()
-    try:
-        config.write_text(before + "\nconfig :dspex, :python_bridge, default_timeuot: 5_000\n")
-        done = run("mix", "dspex.doctor", cwd=ready)
-        assert done.returncode == 1 and "default_timeuot" in done.stdout and ":default_timeout" in done.stdout
-        done = run("mix", "run", "-e", "1", cwd=ready)
-        assert done.returncode != 0 and "did you mean :default_timeout?" in done.stdout
-    finally:
-        config.write_text(before)
 
 
 def test_a_release_runs_without_the_sources(ready: Path, package: Path) -> None:

@@ -40,17 +40,9 @@ def raised() -> ValueError:
         return error
 
 
-@pytest.mark.parametrize(
-    ("message", "args", "wanted"),
-    [
-        ("Failed %s for %5d%% of %r", (SECRET, 3, SECRET), "Failed … for …% of …"),
-        (f"Ending the trajectory: {SECRET}", (), "text withheld, react.py line 12"),
-    ],
-)
-def test_of_a_librarys_message_the_template_or_the_place_is_logged(
-    react: str, message: str, args: Any, wanted: str
-) -> None:
-    assert filtered("dspy.predict.react", react, message, *args) == wanted
+@pytest.mark.parametrize(("message", "args"), [("Failed %s", (SECRET,)), (f"Ending the trajectory: {SECRET}", ())])
+def test_of_a_librarys_message_the_place_is_logged(react: str, message: str, args: Any) -> None:
+    assert filtered("dspy.predict.react", react, message, *args) == "text withheld, react.py line 12"
 
 
 @pytest.mark.parametrize("name", ["dspy_bridge", "dspy.predict.react"])
@@ -58,12 +50,6 @@ def test_of_an_exception_its_types_and_places_are_logged(react: str, name: str) 
     text = filtered(name, react if name != "dspy_bridge" else __file__, "error %s", "0123", error=raised())
     assert SECRET not in text and "test_content_filter.py" in text and text.endswith("\nValueError")
     assert "\nKeyError\n\nwhich led to:\n\nTraceback" in text
-
-
-def test_a_circle_of_causes_ends() -> None:
-    first, second = ValueError("a"), ValueError("b")
-    first.__cause__, second.__cause__ = second, first
-    assert filtered("dspy_bridge", __file__, "error", error=first).count("Traceback") == 2
 
 
 @pytest.mark.parametrize("name", ["py.warnings", "asyncio"])

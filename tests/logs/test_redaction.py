@@ -31,11 +31,6 @@ def test_ordinary_words_stay(text: str) -> None:
     assert redaction.redact(text) == text
 
 
-def test_values_too_short_to_be_secrets_are_not_learned() -> None:
-    redaction.learn({"api_key": "x"})
-    assert redaction.redact("x marks it") == "x marks it"
-
-
 def test_what_is_remembered_is_bounded() -> None:
     for number in range(3000):
         redaction.learn({"api_key": f"bounded-{number}"})
@@ -71,12 +66,6 @@ def test_a_key_with_its_scheme_is_known_without_it(scheme: str) -> None:
     redaction.learn({"extra_headers": {"Authorization": f"{scheme}  {key}"}})
     assert redaction.redact(f"invalid: {key} ({scheme}  {key})") == "invalid: [redacted] ([redacted])"
     assert redaction.redact(scheme) == scheme, "it is a word"
-
-
-def test_words_of_a_secret_text_are_no_secrets() -> None:
-    redaction.learn({"password": "correct battery staple"})
-    assert redaction.redact("battery staple") == "battery staple"
-    assert redaction.redact("correct battery staple") == "[redacted]"
 
 
 @pytest.mark.parametrize(
@@ -117,8 +106,3 @@ def test_a_key_that_is_learned_between_two_texts_is_cut_out_of_the_second() -> N
     assert redaction.redact("first-of-two-keys, second-of-two-keys") == "[redacted], [redacted]"
     redaction.learn({"api_key": "kept-of-two-keys"}, for_good=True)
     assert redaction.redact("kept-of-two-keys") == "[redacted]"
-
-
-def test_a_key_that_contains_another_is_cut_out_whole() -> None:
-    redaction.learn([{"api_key": "inner-123456"}, {"api_key": "outer-inner-123456-outer"}])
-    assert redaction.redact("outer-inner-123456-outer inner-123456") == "[redacted] [redacted]"

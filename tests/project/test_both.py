@@ -15,7 +15,7 @@ BOTH = Path(__file__).parent.parent / "both"
 # Fails the first time with two tests; the second time with those that $STILL names.
 PYTEST = """#!/bin/sh
 case "$*" in
-  *--last-failed*) failed=$STILL ;;
+  *--last-failed*) failed=$STILL; [ "$failed" != none ] || exit 5 ;;
   *) failed="slow_reply[a b] lost_call" ;;
 esac
 for name in "slow_reply[a b]" lost_call; do
@@ -29,7 +29,7 @@ exit ${status:-0}
 MIX = """#!/bin/sh
 case "$*" in
   *compile*) exit 0 ;;
-  *x_test.exs:7*) echo "1 test, 0 failures, 4 excluded"; exit 0 ;;
+  *x_test.exs:7*) echo "5 tests, 0 failures, ${EXCLUDED:-4} excluded"; exit 0 ;;
 esac
 [ "$MIX_TEST_PARTITION" = 1 ] || { echo "1 test, 0 failures"; exit 0; }
 printf '  1) test a peer that hangs (XTest)\\n     Parameters: %%{kind: :pool}\\n'
@@ -54,8 +54,8 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _run(clone: Path, still: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PATH": f"{clone / 'path'}:{os.environ['PATH']}", "STILL": still}
+def _run(clone: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": f"{clone / 'path'}:{os.environ['PATH']}", **env}
     return subprocess.run([clone / "tests" / "both", "quick"], env=env, capture_output=True, text=True, timeout=60)
 
 
@@ -64,7 +64,7 @@ def _flaky(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_tests_that_pass_only_the_second_time_are_named_at_the_end(clone: Path) -> None:
-    done = _run(clone, still="")
+    done = _run(clone, STILL="")
     assert done.returncode == 0, done.stdout + done.stderr
     named = [
         "flaky: tests/test_x.py::lost_call",
@@ -76,6 +76,11 @@ def test_tests_that_pass_only_the_second_time_are_named_at_the_end(clone: Path) 
 
 
 def test_a_test_that_fails_twice_fails_the_run_and_is_not_flaky(clone: Path) -> None:
-    done = _run(clone, still="lost_call")
+    done = _run(clone, STILL="lost_call")
     assert done.returncode == 1
     assert _flaky(done) == ["flaky: tests/test_x.py::slow_reply[a b]", "flaky: test/x_test.exs:7"]
+
+
+@pytest.mark.parametrize("env", [{"EXCLUDED": "5"}, {"STILL": "none"}])
+def test_a_second_try_that_runs_none_of_them_hides_no_failure(clone: Path, env: dict[str, str]) -> None:
+    assert _run(clone, **{"STILL": "", **env}).returncode == 1

@@ -9,7 +9,6 @@ from test_docs import table
 
 README = (ROOT / "README.md").read_text()
 # A forge shows lines of this length without scrolling.
-COLUMNS = 90
 
 
 def test_what_happens_in_short_is_what_happens() -> None:
@@ -17,16 +16,6 @@ def test_what_happens_in_short_is_what_happens() -> None:
     short, whole = table("README.md", "what happens, in short"), table("docs/how-it-works.md", "what happens")
     assert len(short) == 5
     assert {when: [*then, whole[when][-1]] for when, then in short.items()} == {when: whole[when] for when in short}
-
-
-def test_its_code_is_read_without_scrolling() -> None:
-    blocks = re.findall(r"^```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 5
-    assert [line for block in blocks for line in block.splitlines() if len(line) > COLUMNS] == []
-
-
-def test_the_two_commands_of_a_clone_are_in_it() -> None:
-    assert re.findall(r"^make (\w+) ", README, re.MULTILINE) == ["demo", "test"]
 
 
 def test_each_program_that_is_called_is_created_before() -> None:

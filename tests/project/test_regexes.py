@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 import dspy_bridge
+from dspy_bridge.lm.adapters import field_markers
 from dspy_bridge.lm.metering import history
-from dspy_bridge.logs import content_filter, redaction
+from dspy_bridge.logs import redaction
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.signatures import media, type_parser
 from dspy_bridge.streaming import field_parsers, json_fields
@@ -38,6 +39,8 @@ TRACE = "01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more"
 PING = '{"id":12,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}'
 # Where it stands, by module and the name that it is assigned to or used in: what meets it there, and what it takes.
 USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
+    "field_markers:_HEADER": (field_markers.without_headers, ["[[ ## ab ## ]]"]),
+    "field_markers:without_tags": (lambda text: field_markers.without_tags(text, {"ab"}), ["x</ab >", "<ab/>"]),
     "field_parsers:_HEADER": (lambda text: field_parsers._HEADER.match(text), ["[[ ## ab ## ]]"]),
     "field_parsers:_BEGUN_HEADER": (lambda text: field_parsers._BEGUN_HEADER.fullmatch(text), ["[[ ## ab ## ]]"]),
     "offline_lm:words": (_words, ["ab  cd"]),
@@ -69,7 +72,6 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         ["list<'a\\'b', \"c\">"],
     ),
     "remote_tools:_NAME": (lambda text: remote_tools._NAME.fullmatch(text), ["ab"]),
-    "content_filter:_PLACEHOLDER": (lambda text: content_filter._PLACEHOLDER.sub("", text), ["%% %5.1d"]),
 }
 # Those that read what the peer itself has written.
 OF_OUR_OWN = {"erlport:_HEAD"}

@@ -12,16 +12,6 @@ from peer import ROOT
 WORKFLOW: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
 
 
-def test_it_runs_the_two_commands() -> None:
-    runs = [step.get("run") for step in WORKFLOW["jobs"]["test"]["steps"]]
-    assert "make demo" in runs and "make test" in runs
-
-
-def test_what_make_test_leaves_out_runs_there_too() -> None:
-    runs = [step.get("run") for step in WORKFLOW["jobs"]["test"]["steps"]]
-    assert "make test-slow" in runs and "make soak SOAK_MINUTES=1" in runs
-
-
 def test_its_matrix_is_what_the_package_says_it_supports() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     versions = re.findall(r"Python :: (3\.\d+)", project)
@@ -51,9 +41,3 @@ def test_every_expression_names_something_that_is_there(name: str) -> None:
     used = set(re.findall(r"matrix\.(\w+)", str(job)))
     matrix = job["strategy"]["matrix"]
     assert used == {*matrix, *(key for pair in matrix.get("include", ()) for key in pair)} - {"include"}
-
-
-def test_make_check_looks_for_what_otp_28_refuses() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
-    assert recipe is not None and "mix test test/attribute_regexes_test.exs" in recipe[1]

@@ -187,14 +187,6 @@ def test_what_has_no_json_form_is_refused_with_its_place(
     assert text.startswith(place) and why in text
 
 
-def test_an_improper_list_and_objects_of_python_are_refused(held: Held) -> None:
-    """Python objects come back as themselves from a trip through Erlang."""
-    for term, why in ((ImproperList([1], 2), "an improper list"), (ImproperList([1], None), "an improper list"),
-                      (held, "(Held)"), ({1, 2}, "(set)")):  # fmt: skip
-        reply = encode(erlport.call(b"echo", {b"a": [0, term]}))
-        assert reply[b"error"].startswith(b"args.a[1]: ") and why.encode() in reply[b"error"]
-
-
 def nested(depth: int) -> Any:
     term: Any = 1
     for _ in range(depth - 1):
@@ -384,23 +376,6 @@ def test_what_is_submitted_runs_beside_each_other_within_the_limits(
     assert {received()[0] for _ in range(4)} == {0, 1, 2, 3}
 
 
-def test_a_cast_that_hangs_holds_up_no_call(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ErlPort's pipe may be full: the event loop must not be what waits for it."""
-    hangs, go_on = threading.Event(), threading.Event()
-    went_on: queue.Queue[bool] = queue.Queue()
-
-    def cast(pid: Any, message: Any) -> None:
-        hangs.set()
-        went_on.put(go_on.wait(5))
-
-    monkeypatch.setattr(erlang, "cast", cast)
-    submit(1, b"later")
-    assert hangs.wait(20)
-    assert call(b"later")[b"success"] == "true"
-    go_on.set()
-    assert went_on.get(timeout=20), "the call did not wait for the cast's end"
-
-
 NAMES = ("gone", "nil", "true", "undefined", "größe")
 OTHERS = (b"binary", 5, 1.5, [1], {}, (), ("gone",), ("gone", "node"), ("a", b"n@h"), (PID, "n@h"), ("a", "n@h", 1),
           Opaque(Opaque.PORT), Opaque(Opaque.FUN))  # fmt: skip
@@ -430,15 +405,6 @@ def test_a_pid_an_alias_and_a_name_with_its_node_are_sent_to(held: Held, receive
     """Also the encodings of OTP 22 and older. None of these raises if the receiver is gone."""
     assert submit_to(receiver, 1, b"later") == "ok"
     assert erlang.mailbox.get(timeout=20)[0] == receiver
-
-
-def test_a_cast_that_fails_is_logged_and_the_next_are_made(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a reference that ErlPort cannot encode."""
-    logged: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(peer_log, "exception", lambda error: logged.put(type(error).__name__) or "reference")
-    assert encode(erlport.submit(decode(PID), threading.Lock(), b"later", {})) == "ok"
-    submit(2, b"later")
-    assert received()[0] == 2 and logged.get(timeout=20) == "ValueError"
 
 
 def test_a_tools_question_is_answered_at_once_with_an_error(held: Held) -> None:
@@ -481,30 +447,6 @@ def test_first_calls_from_many_threads_make_one_peer_and_all_are_counted(
     assert counts == {"echo": 400, "later": 400}
 
 
-def test_records_have_the_level_of_the_environment_and_go_to_stderr(
-    held: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """This process has no frames for them."""
-    monkeypatch.setenv("DSPY_BRIDGE_LOG_LEVEL", "error")
-    monkeypatch.setenv("DSPY_BRIDGE_LOG_FRAMES", "1")
-    asked: list[Any] = []
-    monkeypatch.setattr(peer_log, "setup", lambda level, send: asked.append((level, send)))
-    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
-    call(b"crash")
-    assert asked == [("error", None)]
-
-
-def test_requests_of_several_threads_enter_the_dispatcher_one_at_a_time(held: Held) -> None:
-    """It is made for one thread that reads."""
-    first: queue.Queue[Any] = queue.Queue()
-    thread = threading.Thread(target=lambda: first.put(call(b"alone")))
-    thread.start()
-    assert held.started.acquire(timeout=20)
-    assert call(b"alone")[b"result"] == "true"
-    assert first.get(timeout=20)[b"result"] == "true"
-    thread.join()
-
-
 def test_outside_of_erlport_importing_is_fine_and_calling_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "erlport.erlterms", None)
     with pytest.raises(ModuleNotFoundError, match=r"erlport\.erlterms"):
@@ -519,8 +461,6 @@ def test_a_program_with_dspy(scenario: str, tmp_path: Path) -> None:
     env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", tmp_path)))
     env["DSPY_BRIDGE_LM"] = "offline/echo"
     env["DSPY_BRIDGE_ALLOW_MODULES"] = "never_returns"
-    if scenario == "limits_are_those_of_the_environment":
-        env["DSPY_BRIDGE_MAX_IN_FLIGHT"] = env["DSPY_BRIDGE_MAX_QUEUE"] = "1"
     command = [sys.executable, str(FAKES / "erlport_program.py"), scenario]
     done = subprocess.run(command, env=env, cwd="/", capture_output=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()

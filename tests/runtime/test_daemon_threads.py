@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import gc
 import subprocess
 import sys
@@ -17,14 +16,6 @@ from peer import ROOT
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
 PATIENCE = 20.0
-
-
-def test_arguments_results_and_errors_of_any_kind_get_through() -> None:
-    threads = DaemonThreads(1, "test")
-    assert threads.submit(lambda *args, **kwargs: (args, kwargs), 1, fn=2).result(PATIENCE) == ((1,), {"fn": 2})
-    with pytest.raises(SystemExit):
-        threads.submit(sys.exit, 3).result(PATIENCE)
-    assert threads.submit(lambda: threading.current_thread().name).result(PATIENCE) == "test_0"
 
 
 def test_work_runs_beside_each_other_up_to_the_limit_and_what_is_cancelled_first_never_does() -> None:
@@ -48,14 +39,6 @@ def test_work_runs_beside_each_other_up_to_the_limit_and_what_is_cancelled_first
         unwanted.result(PATIENCE)
 
 
-def test_a_thread_that_has_answered_is_used_again_before_another_is_started() -> None:
-    """Also by a waiter that submits more work at once."""
-    threads = DaemonThreads(64, "test")
-    for _ in range(200):
-        threads.submit(int).result(PATIENCE)
-    assert threads._started <= 2
-
-
 def test_of_what_is_done_nothing_is_kept() -> None:
     """Not by a thread that waits for more, nor by the traceback of an error."""
 
@@ -77,32 +60,6 @@ def test_of_what_is_done_nothing_is_kept() -> None:
             assert gone.wait(PATIENCE)
     finally:
         gc.enable()
-
-
-def test_no_thread_to_be_had_raises_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_thread(_thread: threading.Thread) -> None:
-        raise RuntimeError("no thread")
-
-    threads = DaemonThreads(1, "test")
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", no_thread)
-        with pytest.raises(RuntimeError, match="no thread"):
-            threads.submit(int)
-    assert threads.submit(int).result(PATIENCE) == 0
-
-
-def test_the_package_starts_no_thread_that_holds_up_the_end() -> None:
-    """Neither in an executor of Python's own nor by hand."""
-    found = []
-    for path in sorted((ROOT / "dspy_bridge").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call):
-                continue
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            daemon = any(given.arg == "daemon" and ast.unparse(given.value) == "True" for given in node.keywords)
-            if name == "ThreadPoolExecutor" or (name == "Thread" and not daemon):
-                found.append(f"{path.name}:{node.lineno}: {name}")
-    assert found == []
 
 
 def test_the_process_ends_while_they_work() -> None:

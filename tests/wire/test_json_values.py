@@ -57,6 +57,7 @@ VALUES = [
     (math.nan, None),
     ([math.inf, -math.inf], [None, None]),
     (b"\xff\x00", "/wA="),
+    ({b"\xff\x00": b"\xff\x00"}, {"/wA=": "/wA="}),
     (bytearray(b"ab"), "YWI="),
     (datetime.date(2026, 1, 2), "2026-01-02"),
     (datetime.datetime(2026, 1, 2, 3, 4, 5), "2026-01-02T03:04:05"),

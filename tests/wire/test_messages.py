@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from peer import frame, vector_payload, vectors
 
 from dspy_bridge.wire import messages, pings
-from dspy_bridge.wire.frames import FrameDecoder
-from dspy_bridge.wire.messages import Cancel, NotAMessage, NotJSON, Request
+from dspy_bridge.wire.messages import Cancel, NotJSON, Request
 
 JSON = st.recursive(
     st.none()
@@ -115,17 +114,6 @@ def test_a_damaged_request_is_a_message_or_an_error(at: int, junk: bytes) -> Non
         assert error.id in (None, 12) or at in range(5, 12)
 
 
-def test_timeouts_flags_and_cancels_are_read() -> None:
-    request = messages.decode(b'{"id":1,"command":"x","timeout_ms":12.5,"stream":true,"meta":true}')
-    assert isinstance(request, Request)
-    assert (request.args, request.timeout_ms, request.stream, request.meta) == ({}, 12.5, True, True)
-    assert (request.history, request.lm_events) == (False, False)
-    cancel = messages.decode(b'{"cancel":"a"}')
-    assert isinstance(cancel, Cancel) and cancel.id == "a"
-    with pytest.raises(NotAMessage, match="cancel"):
-        messages.decode(b'{"cancel":null}')
-
-
 @pytest.mark.parametrize("name", ["history", "lm_events"])
 def test_with_lm_calls_there_is_meta(name: str) -> None:
     for meta in ("true", "false"):
@@ -133,15 +121,6 @@ def test_with_lm_calls_there_is_meta(name: str) -> None:
         assert isinstance(request, Request) and (getattr(request, name), request.meta) == (True, True)
     request = messages.decode(b'{"id":1,"command":"x","%s":false}' % name.encode())
     assert isinstance(request, Request) and (getattr(request, name), request.meta) == (False, False)
-
-
-def test_a_history_that_is_encoded_already_is_part_of_meta() -> None:
-    meta = {"lm_calls": 1, "history": messages.Encoded(b'[{"model":"m"}]')}
-    want = b',"meta":{"lm_calls":1,"history":[{"model":"m"}]}}'
-    assert messages.encode_result(1, {}, meta) == b'{"id":1,"success":true,"result":{}' + want
-    failure = messages.failure("lm_error", "no", True)
-    head = b'{"id":1,"success":false,"error":"no","error_type":"lm_error","retryable":true'
-    assert messages.encode_failure(1, failure, meta) == head + want
 
 
 @pytest.mark.parametrize("vector", vectors("traceparents"), ids=lambda v: v["name"])
@@ -154,19 +133,6 @@ def test_a_trace_is_read_or_refused_under_the_requests_id(vector: dict[str, Any]
     else:
         kind, id, text = reply_error(payload)
         assert (kind, id) == ("invalid_request", 7) and text.startswith("traceparent: expected a W3C trace context")
-
-
-@pytest.mark.parametrize("more", [{}, {"traceparent": None}, {"timestamp": "x", "meta": False}])
-def test_without_a_trace_there_is_none(more: dict[str, Any]) -> None:
-    request = messages.decode(json.dumps({"id": 7, "command": "x", **more}).encode())
-    assert isinstance(request, Request) and request.traceparent is None
-
-
-def test_a_ping_with_a_trace_is_decoded() -> None:
-    trace = b'"traceparent":"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01","timestamp"'
-    payload = (QUICK % 12).replace(b'"timestamp"', trace)
-    assert pings.answer(frame(payload), 1.5) == (b"", 0, 0)
-    assert isinstance(messages.decode(payload), Request)
 
 
 @pytest.mark.parametrize("digits", [18, 19, 20, 40, 4300])
@@ -217,13 +183,6 @@ def test_what_is_not_such_a_ping_is_left_to_the_decoder(payload: bytes) -> None:
     assert pings.answer(frame(payload), 12.5) == (b"", 0, 0)
 
 
-def test_of_two_ids_the_last_counts_by_each_way() -> None:
-    payload = b'{"id":1,"command":"ping","id":2}'
-    request = messages.decode(payload)
-    assert isinstance(request, Request)
-    assert json.loads(pings.answer(frame(payload), 1.5)[0][4:])["id"] == request.id == 2
-
-
 def test_pings_as_bridge_writes_them_are_answered_by_their_bytes() -> None:
     ids = (0, 7, 10**17)
     replies = [frame(messages.encode_result(id, messages.pong(12.5))) for id in ids]
@@ -250,32 +209,6 @@ def test_an_id_of_any_length_is_exact_by_each_way(digits: int, first: str) -> No
     pong = messages.encode_result(request.id, messages.pong(1.5))
     assert json.loads(pong)["id"] == id
     assert reply == (frame(pong) if short else b"")
-
-
-@given(st.sampled_from([QUICK, *OTHERS]), st.integers(0, 90), st.binary(min_size=1, max_size=3))
-def test_what_is_answered_without_decoding_decodes_to_a_ping_with_that_id(form: bytes, at: int, junk: bytes) -> None:
-    good = form % 12
-    payload = good[:at] + junk + good[at + len(junk) :]
-    reply, _, _ = pings.answer(frame(payload), 1.5)
-    if reply:
-        request = messages.decode(payload)
-        assert isinstance(request, Request)
-        assert (request.command, request.args, request.meta) == ("ping", {}, False)
-        assert json.loads(reply[4:])["id"] == request.id
-
-
-@given(st.integers(0, 100), st.binary(min_size=1, max_size=3))
-def test_no_packet_of_another_length_is_answered_without_decoding(at: int, junk: bytes) -> None:
-    good = frame(QUICK % 12)
-    data = good[:at] + junk + good[at + len(junk) :]
-    _, count, used = pings.answer(data, 1.5)
-    assert count == len(FrameDecoder(1 << 20).feed(data[:used]))
-
-
-def test_a_run_of_digits_in_a_text_stays_text() -> None:
-    request = messages.decode(b'{"id":1,"command":"x","args":{"n":"' + b"7" * 50 + b'","x":0.1234567890123456789}}')
-    assert isinstance(request, Request)
-    assert request.args == {"n": "7" * 50, "x": 0.1234567890123456789}
 
 
 @pytest.mark.parametrize(

@@ -136,12 +136,6 @@ def test_a_tool_scores_each_result(desk: Desk) -> None:
     ]
 
 
-def test_expected_is_optional_for_a_tool(desk: Desk) -> None:
-    reply = desk.run({"inputs": asks("two"), "metric": {"tool": "judge"}}, lambda asked: len(asked["example"]))
-    assert reply["result"]["score"] == 1.0
-    assert desk.asked[0]["args"]["example"] == {"question": "two"}
-
-
 PLAIN = """
 import dspy, json, sys
 from dspy.evaluate import answer_exact_match
@@ -331,34 +325,6 @@ def test_a_judge_may_run_a_program(desk: Desk) -> None:
             assert frame["id"] == id and frame["result"]["score"] == 1.0
             break
     assert scored == len(ASKED)
-
-
-def test_no_more_results_wait_for_their_score_than_there_are_slots(desk: Desk) -> None:
-    slots = desk.peer.process.args[-1]
-    id = desk.start({"inputs": asks(*["two"] * 50), "metric": {"tool": "judge"}})
-    calls = [desk.peer.receive()["tool_call"] for _ in range(int(slots))]
-    stats = desk.peer.call("get_stats")["result"]
-    assert stats["in_flight"] == 0, "none holds a slot"
-    assert len(desk.server.requests) == int(slots)
-    for call in calls:
-        desk.tell(call, lambda _: 1)
-    while "success" not in (frame := desk.peer.receive()):
-        desk.tell(frame["tool_call"], lambda _: 1)
-    assert frame["id"] == id and frame["result"]["score"] == 1.0
-
-
-def test_max_concurrency_limits_those_that_wait_for_their_score_too(desk: Desk) -> None:
-    most = min(3, int(desk.peer.process.args[-1]))
-    id = desk.start({"inputs": asks(*["two"] * 9), "metric": {"tool": "judge"}, "max_concurrency": 3})
-    for _ in range(9 // most):
-        calls = [desk.peer.receive()["tool_call"] for _ in range(most)]
-        # All that may be in work wait: no other has been begun.
-        assert desk.peer.call("get_stats")["result"]["in_flight"] == 0
-        assert len(desk.server.requests) % most == 0
-        for call in calls:
-            desk.tell(call, lambda _: 1)
-    reply = desk.peer.receive()
-    assert reply["id"] == id and reply["result"]["score"] == 1.0
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])

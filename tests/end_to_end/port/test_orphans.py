@@ -327,14 +327,6 @@ def test_a_sigkill(start: Any, tree: Any, after: str, forks: int) -> None:
     all_gone(expected)
 
 
-def test_a_sigkill_of_its_group(start: Any, tree: Any) -> None:
-    """As a bridge ends one that hangs: what is in a session of its own is gone, too."""
-    peer = start()
-    everything = tree(peer.process.pid)
-    os.killpg(peer.process.pid, signal.SIGKILL)
-    all_gone(everything)
-
-
 NO_GROUP = "def refuse(*_): raise OSError\nos.setpgid = refuse"
 
 

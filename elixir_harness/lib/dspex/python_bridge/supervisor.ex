@@ -53,11 +53,7 @@ defmodule DSPex.PythonBridge.Supervisor do
 
   # Wrong options are refused by start_link.
   defp bridge_name(opts),
-    do:
-      if(Keyword.keyword?(opts[:bridge]),
-        do: Keyword.get(opts[:bridge], :name, Bridge),
-        else: Bridge
-      )
+    do: (Keyword.keyword?(opts[:bridge]) && opts[:bridge][:name]) || Bridge
 
   # The supervisor keeps them in its state, and its own supervisor in a child specification: both are printed in reports.
   defp seal(opts) do

@@ -150,22 +150,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
     end
   end
 
-  describe "programs" do
-    test "one kills Python when it is loaded: only its own run loads it", %{tmp_dir: dir} do
-      bridge = start_up(host_opts(dir, max_retries: 1))
-      create(bridge, "qa", "predict")
-      create(bridge, "spoilable", "host:Spoilable")
-      File.write!(Path.join(dir, "spoilt"), "exit")
-      gone = os_pid(bridge)
-      kill(gone)
-      assert_served(bridge, gone, fn -> execute(bridge, "qa", "?") end)
-      assert noted(dir, "spoilt") == 0
-      run = Task.async(fn -> execute(bridge, "spoilable", "?") end)
-      assert asked(bridge, run) > 0
-      assert noted(dir, "spoilt") == 2
-    end
-  end
-
   describe "Python does not die, but" do
     # Of each fake that answers `echo`, unless it has been told otherwise.
     defp monitored(opts) do

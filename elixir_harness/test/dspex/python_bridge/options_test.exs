@@ -181,11 +181,5 @@ defmodule DSPex.PythonBridge.OptionsTest do
       assert {:error, error} = Client.Options.new([timeuot: 5], [:timeout, :retry])
       assert error.message =~ "did you mean :timeout?"
     end
-
-    test "and one that is like none, alone" do
-      assert {:error, %ArgumentError{message: text}} = Options.new(colour: :red)
-      assert text =~ "unknown option :colour"
-      refute text =~ "did you mean"
-    end
   end
 end

@@ -63,7 +63,7 @@ defmodule DSPex.PythonBridge.TopTest do
     peer(bridge)
     snapshot = Top.snapshot(timeout: @long)
     peer = find(snapshot, bridge)
-    assert %{state: :running, pending: 1, restarts: 0, queued: 0, lm_waiting: 0} = peer
+    assert %{state: :running, pending: 3, restarts: 0, queued: 0, lm_waiting: 0} = peer
     assert peer.in_flight > 0
     # The bridge's own ping, the creation, the run; one under way is counted when it is over.
     assert %{errors: 1, calls: 3} = peer

@@ -150,7 +150,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
 
     for {id, {stamp, body}} <- now, given[id] != stamp, reduce: in_flight do
       in_flight ->
-        in_flight |> tell(Programs.Definition.lazy(body)) |> given({:create, id, stamp})
+        in_flight |> tell(Programs.Body.lazy(body)) |> given({:create, id, stamp})
     end
   end
 
@@ -193,7 +193,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   # The peer loads a program with the first run that needs it.
   defp give_programs(%InFlight{send_queues: queues} = in_flight, port) do
     definitions = Programs.Store.definitions(in_flight.programs)
-    bodies = for {_id, _stamp, body} <- definitions, do: Programs.Definition.lazy(body)
+    bodies = for {_id, _stamp, body} <- definitions, do: Programs.Body.lazy(body)
     queue = SendQueue.push_first(Map.fetch!(queues, port), bodies)
     given = for {id, stamp, _body} <- definitions, into: %{}, do: {id, stamp}
     %{in_flight | send_queues: %{queues | port => queue}, given: given}

@@ -5,6 +5,9 @@ defmodule DSPex.PythonBridge.OTP.Parallel do
 
   alias DSPex.PythonBridge.OTP.Deadline
 
+  # The collector always ends by `exit/1`.
+  @dialyzer {:no_return, map: 4}
+
   @doc """
   Calls `ask` with each item, each in a process of its own, and returns the answers by item. `ask` ends by itself. From
   `soon` on, answers of which one is `enough?` are not completed.

@@ -110,7 +110,8 @@ defmodule DSPex.PythonBridge.Pool.Route do
   end
 
   # An optimization needs its program at each peer first.
-  defp stays?(%__MODULE__{deaths: deaths, reach: reach}), do: deaths > 1 and reach != :here
+  defp stays?(%__MODULE__{deaths: deaths, bridge: bridge, reach: reach}),
+    do: deaths > 1 and bridge != nil and reach != :here
 
   defp passed(%__MODULE__{passed: []}, :here), do: []
 
@@ -121,6 +122,8 @@ defmodule DSPex.PythonBridge.Pool.Route do
     do: for({^where, index, since} <- route.passed, do: {index, since})
 
   defp send_to(%__MODULE__{} = route, bridge, at) do
+    route = %{route | bridge: bridge, at: at}
+
     request = %Calls.Request{
       body: route.body,
       change: route.change,
@@ -130,7 +133,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
       stream?: route.stream?
     }
 
-    {:send, request, %{route | bridge: bridge, at: at}}
+    {:send, request, route}
   end
 
   defp elsewhere(%__MODULE__{reach: :here} = route), do: nobody(route)
@@ -189,8 +192,13 @@ defmodule DSPex.PythonBridge.Pool.Route do
   was too busy; with `resend?: false`, not if a peer may have begun it.
   """
   @spec follow(t(), Calls.Request.reply()) :: {:resend, t()} | {:done, Client.Caller.result()}
-  def follow(%__MODULE__{} = route, reply),
-    do: if(stays?(route), do: {:done, Client.Caller.read(reply)}, else: go_on(route, reply))
+  def follow(%__MODULE__{} = route, reply) do
+    cond do
+      not stays?(route) -> go_on(route, reply)
+      reply == {:error, :bridge_not_running} -> {:resend, pass(%{route | bridge: nil})}
+      true -> {:done, Client.Caller.read(reply)}
+    end
+  end
 
   defp go_on(%__MODULE__{} = route, {:frame, _bytes} = reply) do
     case Client.Caller.read(reply) do

@@ -33,8 +33,9 @@ defmodule DSPex.PythonBridge.Program.Tools do
   @spec declared(term()) :: {:ok, String.t(), Spec.t() | nil} | {:error, String.t()}
   def declared(entry) do
     with {:ok, {id, _args}} <- Declared.one(entry) do
-      behaviours = if is_atom(entry), do: entry.__info__(:attributes)[:behaviour] || [], else: []
-      {:ok, id, if(DSPex.PythonBridge.Program in behaviours, do: entry.__dspex__(:spec))}
+      attributes = if is_atom(entry), do: entry.module_info(:attributes), else: []
+      program? = {:behaviour, [DSPex.PythonBridge.Program]} in attributes
+      {:ok, id, if(program?, do: entry.__dspex__(:spec))}
     end
   end
 

@@ -180,7 +180,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
   end
 
   @doc """
-  What `read` gets from a program's definition, once (`DSPex.PythonBridge.Programs.Definition`); nil if the program is
+  What `read` gets from a program's definition, once (`DSPex.PythonBridge.Programs.Body`); nil if the program is
   not in the table, or `read` gives nil.
   """
   @spec facts(table(), id(), (binary() -> facts | nil)) :: facts | nil when facts: map()

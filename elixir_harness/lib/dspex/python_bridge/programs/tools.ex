@@ -9,7 +9,7 @@ defmodule DSPex.PythonBridge.Programs.Tools do
   require Logger
 
   alias DSPex.PythonBridge.Error
-  alias DSPex.PythonBridge.Programs.{Change, Declared, Definition, Store}
+  alias DSPex.PythonBridge.Programs.{Body, Change, Declared, Store}
 
   @typedoc "What the program is called through, for the log."
   @type whose :: {:bridge | :pool, term()}
@@ -23,7 +23,7 @@ defmodule DSPex.PythonBridge.Programs.Tools do
   def check(table, whose, command, args, opts)
       when command in [:execute_program, "execute_program"] and table != nil do
     id = Change.program_id(command, args)
-    names = id && Definition.tools(table, id)
+    names = id && Body.tools(table, id)
     given = opts[:tools]
 
     cond do

@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
 
   alias DSPex.PythonBridge.{Error, Telemetry}
   alias DSPex.PythonBridge.OTP.{Registry, Server}
-  alias DSPex.PythonBridge.Programs.{Change, Definition}
+  alias DSPex.PythonBridge.Programs.{Body, Change}
   alias DSPex.PythonBridge.Protocol.Payload
   alias DSPex.PythonBridge.Telemetry.{Metadata, Span, Usage}
 
@@ -114,7 +114,7 @@ defmodule DSPex.PythonBridge.Telemetry.CallSpan do
   # As far as the program is known here.
   defp program_type(%Span{event: [kind | _], metadata: %{program_id: id} = metadata}) do
     with %{programs: table} <- id && Registry.get(kind, Server.whereis(metadata[kind])),
-         do: Definition.program_type(table, id),
+         do: Body.program_type(table, id),
          else: (_unknown -> nil)
   end
 end

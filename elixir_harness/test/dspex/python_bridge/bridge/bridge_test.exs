@@ -8,19 +8,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error}
-  alias DSPex.Test.Exits
-
-  defmodule Names do
-    @moduledoc "A registry that blocks a process that registers until it is sent `:go_on`."
-
-    def whereis_name({name, _test}), do: Process.whereis(name) || :undefined
-
-    def register_name({name, test}, pid) do
-      Process.register(pid, name)
-      send(test, {:registered, pid})
-      receive do: (:go_on -> :yes)
-    end
-  end
+  alias DSPex.Test.{Exits, FakePeer}
 
   # temporary: what ends stays ended, and the test can look.
   defp start(fake, opts) do
@@ -30,6 +18,12 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       )
 
     bridge
+  end
+
+  # With a peer inside the BEAM.
+  defp start_in(kind, opts \\ []) do
+    child = Supervisor.child_spec({Bridge, FakePeer.opts(kind, opts)}, restart: :temporary)
+    start_supervised!(child)
   end
 
   defp start_up(fake, opts \\ []) do
@@ -110,7 +104,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
             {:via, Registry, {__MODULE__.Registry, 1}}
           ] do
         bridge =
-          start_supervised!({Bridge, Keyword.put(fake_opts("echo"), :name, name)}, id: name)
+          start_supervised!({Bridge, Keyword.put(FakePeer.opts(:echo), :name, name)}, id: name)
 
         assert {:ok, %{"args" => %{"a" => 1}}} = Bridge.call(name, :echo, %{a: 1}, 5_000)
         assert {:ok, %{"args" => %{}}} = Bridge.call(bridge, "echo", %{}, :infinity)
@@ -120,14 +114,14 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     end
 
     test "sends the caller's timeout along, and none for :infinity" do
-      bridge = start_up("echo")
+      bridge = start_in(:echo)
       assert {:ok, %{"timeout_ms" => ms}} = Bridge.call(bridge, :echo, %{}, 4_000)
       assert ms in 3_900..4_000
       assert {:ok, %{"timeout_ms" => nil}} = Bridge.call(bridge, :echo, %{}, :infinity)
     end
 
     test "never exits or raises, for any arguments" do
-      bridge = start_up("echo")
+      bridge = start_in(:echo)
 
       for args <- [%{a: self()}, %{a: {1}}, %{a: <<255>>}, [], nil, 5, "text"] do
         assert {:error, "args" <> _} = Bridge.call(bridge, :echo, args, 1_000)
@@ -170,13 +164,13 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     end
 
     defp start_up_silent do
-      bridge = start_supervised!({Bridge, fake_opts("silent")}, id: make_ref())
+      bridge = start_supervised!({Bridge, FakePeer.opts(:silent)}, id: make_ref())
       eventually(fn -> Bridge.get_status(bridge).state == :running end)
       bridge
     end
 
     test "a reply over max_frame_bytes is an error, any other such frame is dropped" do
-      bridge = start_up("plays", max_frame_bytes: 1_000)
+      bridge = start_in(:plays, max_frame_bytes: 1_000)
       run = &Bridge.request(bridge, :execute_program, %{program_id: "p", play: &1}, &2)
       test = self()
 
@@ -199,7 +193,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     end
 
     test "leaves no monitor and no large frame in the bridge" do
-      bridge = start_up("echo")
+      bridge = start_in(:echo)
       info = fn what -> bridge |> Process.info(what) |> elem(1) end
       before = info.(:monitors)
 
@@ -224,7 +218,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     end
 
     test "a bridge that stops under a call that takes too long answers :bridge_not_running" do
-      bridge = start_up("silent", env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
+      bridge = start_in(:silent, env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
       task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 5_000) end)
       eventually(fn -> pending(bridge) == 1 end)
       :ok = Bridge.stop(bridge)
@@ -232,36 +226,9 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     end
   end
 
-  describe "request/4" do
-    test "says which bridge is not running: there is none, or it stops during the call" do
-      for server <- [:nobody, {:global, "no body"}, {:via, Registry, {Nowhere, 1}}, "text"] do
-        text = "the bridge #{inspect(server)} is not running"
-
-        assert {:error, %Error{type: :bridge_not_running, message: ^text}} =
-                 Bridge.request(server, :ping, %{}, [])
-
-        assert [error: %Error{message: ^text}] = Enum.to_list(Bridge.stream(server, %{}, []))
-      end
-
-      opts =
-        [name: __MODULE__.Stops] ++ fake_opts("silent", env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
-
-      bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
-      text = "the bridge #{inspect(__MODULE__.Stops)} is not running"
-
-      tasks =
-        for opts <- [[], [on_chunk: &is_map/1]],
-            do: Task.async(fn -> Bridge.request(__MODULE__.Stops, :ping, %{}, opts) end)
-
-      eventually(fn -> pending(bridge) == 2 end)
-      :ok = Bridge.stop(bridge)
-      for task <- tasks, do: assert({:error, %Error{message: ^text}} = Task.await(task))
-    end
-  end
-
   describe "cast/3" do
     test "returns at once and leaves nothing behind" do
-      bridge = start_up("echo")
+      bridge = start_in(:echo)
       assert Bridge.cast(bridge, :echo, %{a: 1}) == :ok
       assert Bridge.cast(bridge, :echo) == :ok
       eventually(fn -> pending(bridge) == 0 end)
@@ -271,7 +238,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     end
 
     test "one that is never answered is given up after default_timeout" do
-      bridge = start_up("silent", default_timeout: 50)
+      bridge = start_in(:silent, default_timeout: 50)
       :ok = Bridge.cast(bridge, :ping, %{})
       assert pending(bridge) == 1
       eventually(fn -> pending(bridge) == 0 end)
@@ -547,21 +514,6 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert new != old
       eventually(fn -> not alive?(old) and not alive?(child) end, 1_000)
       assert alive?(new)
-    end
-
-    test "many at once end in one peer that serves, and no old one" do
-      bridge = start_up("echo")
-
-      pids =
-        for _ <- 1..10,
-            do:
-              (
-                Bridge.restart(bridge)
-                os_pid(bridge)
-              )
-
-      assert {:ok, _} = Bridge.call(bridge, :echo, %{}, 5_000)
-      eventually(fn -> Enum.filter(pids, &alive?/1) == [os_pid(bridge)] end)
     end
   end
 

@@ -96,32 +96,6 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredProgramsTest do
       assert {:ok, %{"signature" => "q -> a"}} = later(fn -> execute("qa") end)
       assert {:ok, %{"signature" => "ticket -> team"}} = execute("triage")
     end
-
-    test "a wrong declaration in the configuration refuses the bridge" do
-      put_config(:python_bridge, programs: [@qa, @qa])
-      Process.flag(:trap_exit, true)
-
-      assert {:error,
-              {:shutdown, {:failed_to_start_child, Bridge, %ArgumentError{message: message}}}} =
-               BridgeSupervisor.start_link(name: nil)
-
-      assert message =~ "qa is declared twice, by entry 1 and by entry 2"
-    end
-  end
-
-  test "DSPex.Application has those of the configuration" do
-    on_exit(fn -> restart_application() end)
-    put_config(:python_bridge, [programs: [Triage]] ++ Keyword.delete(fake_opts("who"), :name))
-    put_config(:autostart, true)
-    restart_application()
-
-    assert {:ok, %{"signature" => "ticket -> team"}} =
-             Bridge.call(:execute_program, %{program_id: "triage"})
-  end
-
-  defp restart_application do
-    Application.stop(:dspex)
-    :ok = Application.start(:dspex)
   end
 
   describe "one that is wrong" do

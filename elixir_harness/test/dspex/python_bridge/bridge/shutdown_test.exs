@@ -57,20 +57,6 @@ defmodule DSPex.PythonBridge.Bridge.ShutdownTest do
     end
   end
 
-  test "Application.stop/1 does not take the reaper along" do
-    then = """
-    Process.exit(bridge, :kill)
-    Application.stop(:dspex)
-    IO.puts("stopped")
-    Process.sleep(:infinity)
-    """
-
-    opts = fake_opts("stubborn")
-    {port, _beam, pids} = start_beam(opts, then)
-    assert_receive {^port, {:data, {:eol, "stopped"}}}, 10_000
-    eventually(fn -> not Enum.any?(pids, &alive?/1) end)
-  end
-
   test "System.stop/0 is not delayed by a peer that does not read, and leaves none" do
     # The pings of the start and of the script.
     opts = fake_opts("never_reads", env: %{"FAKE_ANSWERS" => "2"})

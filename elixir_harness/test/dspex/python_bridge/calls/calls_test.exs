@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.CallsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Calls, Options, Programs}
+  alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol}
   alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
   alias DSPex.PythonBridge.Tools.Invocation
 
@@ -128,6 +128,35 @@ defmodule DSPex.PythonBridge.CallsTest do
       assert_receive {^second, frame}
       assert frame == "refused"
       refute_received {^first, _frame}
+    end
+  end
+
+  describe "programs" do
+    defp body(id), do: elem(Protocol.encode_body(:create_program, %{id: id}), 1)
+
+    defp told(port) do
+      receive do
+        {^port, frame} -> [JSON.decode!(frame)["args"] | told(port)]
+      after
+        100 -> []
+      end
+    end
+
+    test "are sent as the store has them, unless the peer was given them last", context do
+      %{in_flight: %{programs: store} = in_flight, first: first} = context
+      change = {:create, "mine", nil}
+      request = %Request{ref: :erlang.alias(), pid: self(), body: body("mine"), change: change}
+      in_flight = Calls.accept(in_flight, request)
+      {:ok, in_flight} = Calls.deliver(in_flight, first, 1, ~s({"id":1,"success":true}))
+      Programs.Store.put(store, "theirs", Programs.Store.stamp(), body("theirs"))
+      assert [%{"id" => "mine"}] = told(first)
+      in_flight = Dispatcher.follow(in_flight, ["mine", "theirs", "neither"])
+      assert [%{"id" => "theirs", "lazy" => true}] = told(first)
+      Programs.Store.remove(store, ["mine"], Programs.Store.stamp())
+      in_flight = Dispatcher.follow(in_flight, :all)
+      assert [%{"program_ids" => ["mine"]}] = told(first)
+      Dispatcher.follow(in_flight, :all)
+      assert told(first) == []
     end
   end
 

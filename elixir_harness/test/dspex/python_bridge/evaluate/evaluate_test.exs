@@ -23,7 +23,13 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     use DSPex.PythonBridge.Program, id: "asked", signature: "question -> answer"
   end
 
+  defmodule Described do
+    @callback describe() :: String.t()
+    @optional_callbacks describe: 0
+  end
+
   defmodule Agent do
+    @behaviour Described
     use DSPex.PythonBridge.Program,
       id: "agent",
       program_type: "react",
@@ -259,7 +265,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
       assert type in [:invalid_args, :invalid_request] and message =~ text
     end
 
-    for {program, text} <- [{Enum, "the module has no definition/0"}, {nil, "an id"}] do
+    for {program, text} <- [{Enum, "there is no such module with a definition/0"}, {nil, "an id"}] do
       assert {:error, %Error{type: :invalid_request, message: "program: " <> message}} =
                Evaluate.run(bridge, program, @examples, metric: fn _, _ -> 1 end)
 

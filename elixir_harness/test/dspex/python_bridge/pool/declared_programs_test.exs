@@ -24,8 +24,6 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
   end
 
   defp peers, do: Pool.status(@pool).peers
-  defp call(command, args), do: Pool.call(@pool, command, args, 10_000)
-  defp execute(id), do: call(:execute_program, %{program_id: id})
   defp programs, do: Enum.uniq(PoolProbe.programs(@pool))
 
   defp kill_bridge(name) do
@@ -42,24 +40,6 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
     kill_bridge(hd(peers()).bridge)
     assert programs() == [@both]
     assert Pool.status(@pool).programs == %{failed: %{}}
-  end
-
-  test "what was created in their place stays, and what was removed comes back with the pool" do
-    start_who(programs: [@qa, @triage])
-    {:ok, _} = call(:create_program, %{@qa | signature: "q -> b"})
-    {:ok, _} = call(:cleanup, %{program_ids: ["triage"]})
-    for %{os_pid: os_pid} <- peers(), do: kill(os_pid)
-    assert programs() == [%{"qa" => "q -> b"}]
-    kill_bridge(hd(peers()).bridge)
-    assert programs() == [%{"qa" => "q -> b"}]
-    assert execute("triage") == {:error, "Program not found: triage"}
-
-    pool = Process.whereis(@pool)
-    Supervisor.stop(pool)
-    eventually(fn -> Process.whereis(@pool) not in [pool, nil] end)
-    eventually(fn -> match?(%{peers: [_, _]}, Pool.status(@pool)) end)
-    assert {:ok, %{"signature" => "q -> a"}} = execute("qa")
-    assert {:ok, %{"signature" => "ticket -> team"}} = execute("triage")
   end
 
   describe "with the real peer" do

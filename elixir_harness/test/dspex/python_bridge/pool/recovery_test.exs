@@ -47,11 +47,6 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     end
   end
 
-  # Of a death it may not know yet.
-  defp up_again?(bridge, old) do
-    match?(%{state: :running, os_pid: new} when new != old, Bridge.get_status(bridge))
-  end
-
   defp peers, do: Pool.status(@pool).peers
   defp running, do: for(%{state: :running, os_pid: os_pid} <- peers(), do: os_pid)
   defp two_or_more([_, _ | _] = some), do: some

@@ -61,29 +61,6 @@ defmodule DSPex.PythonBridge.Pool.RequestTest do
       assert {:error, %Error{message: ":attempts: " <> _}} =
                Pool.request(pool, :ping, %{}, attempts: 2)
     end
-
-    test "changes and sums have the time that they took for the whole pool",
-         %{pool: pool} = context do
-      assert context.created["duration_ms"] > 0
-      assert {:ok, stats, meta} = Pool.request(pool, :get_stats, %{}, timeout: 20_000)
-      assert %{"peers" => 2, "programs_count" => 1} = stats
-      assert [{"duration_ms", ms}] = Map.to_list(meta)
-      assert ms > 0
-      assert {:ok, %{"programs" => ["qa"]}, _} = Pool.request(pool, :list_programs)
-      {:ok, _, %{"duration_ms" => _}} = Pool.request(pool, :cleanup, %{}, retry: false)
-      assert {:ok, %{"programs" => []}, _} = Pool.request(pool, :list_programs)
-    end
-  end
-
-  test "by name, by pid, by default; a pool that is not there has a name" do
-    pool = who(pool_size: 1)
-    assert {:ok, %{"pid" => pid}, %{}} = Pool.request(pool, :who)
-    assert {:ok, %{"pid" => ^pid}, %{}} = Pool.request(Process.whereis(pool), :who, %{})
-
-    assert {:error, %Error{type: :bridge_not_running, message: text}} =
-             Pool.request(:no_pool, :who)
-
-    assert text == "the pool :no_pool is not running"
   end
 
   describe "retry: false" do

@@ -103,14 +103,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
       assert File.read!(Path.join(dir, "starts")) |> byte_size() >= 4
       idle(pool)
     end
-
-    test "it is halted between two peers: nothing is left of it", %{tmp_dir: dir} do
-      pool = start_up("plays", in_dir(dir, pool_size: 1))
-      stream = stream(pool, agent([["go", "never"]]), note(self()))
-      assert [_, {:status, "restarted"}] = Enum.take(stream, 2)
-      idle(pool)
-      assert_received :noted
-    end
   end
 
   test "a peer that is overloaded is passed over; one that has done some of it is not" do
@@ -154,17 +146,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
                next.({:cont, nil})
 
       idle(pool)
-    end
-
-    test "the end of the pool is the result" do
-      pool = start_up("plays", pool_size: 1, env: %{"DSPY_BRIDGE_DRAIN_MS" => "50"})
-      {:suspended, _, next} = suspend(stream(pool, [["count", 1], ["go", "on"]]))
-      :ok = stop_supervised!(pool)
-
-      assert {:suspended, [{:error, %Error{type: :bridge_not_running} = error}], _} =
-               next.({:cont, nil})
-
-      assert error.message == "the pool #{inspect(pool)} is not running"
     end
   end
 

@@ -3,6 +3,8 @@ defmodule DSPex.PythonBridge.Programs.ToolsTest do
 
   use ExUnit.Case, async: true
 
+  import ExUnit.CaptureLog
+
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
   alias DSPex.Test.FakePeer
 

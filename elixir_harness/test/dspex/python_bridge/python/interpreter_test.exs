@@ -108,16 +108,6 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
                  "(remove it, and `mix dspex.setup` makes it anew)"
     end
 
-    test "for the variable DSPY_VENV dspex.setup needs --path", %{venv: venv} do
-      put_config(:python_environment, [])
-      put_system_env("DSPY_VENV", venv)
-
-      assert Interpreter.find() ==
-               {:error,
-                "no Python found: DSPY_VENV names #{venv}, which has no bin/python " <>
-                  "(`mix dspex.setup --path #{venv}` makes it)"}
-    end
-
     # What is said where `hidden` may not be looked at. Root may look anywhere, so the test is another user then.
     defp as_another(venv, hidden) do
       File.chmod!(hidden, 0)

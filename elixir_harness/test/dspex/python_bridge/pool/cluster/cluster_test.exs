@@ -171,19 +171,6 @@ defmodule DSPex.PythonBridge.Pool.Cluster.ClusterTest do
       eventually(fn -> programs_on(there) == programs_on(node()) end)
       assert {:ok, %{"signature" => "created -> here"}} = execute_on(there, "qa")
     end
-
-    test "are not run on a node that has not declared them", context do
-      start_here(context.cluster, declared("q -> a"))
-      there = start_there(context.cluster, pool_size: 1)
-      see_each_other([node(), there])
-      assert known_on(there) == []
-      stop_serving_on(node())
-      assert call(:execute_program, %{program_id: "qa"}, 300) == {:error, :timeout}
-      assert call(:execute_program, %{program_id: "two"}) == {:error, "Program not found: two"}
-      running = Task.async(fn -> call(:execute_program, %{program_id: "qa"}) end)
-      serve_again_on(node())
-      assert {:ok, %{"signature" => "q -> a"}} = Task.await(running)
-    end
   end
 
   test "calls on a node that is lost run on another one", context do

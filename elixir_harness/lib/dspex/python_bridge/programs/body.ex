@@ -1,4 +1,4 @@
-defmodule DSPex.PythonBridge.Programs.Definition do
+defmodule DSPex.PythonBridge.Programs.Body do
   @moduledoc false
   # What Elixir needs to know of a program, from the body of its `create_program` that the bridge keeps. It is read when
   # it is first needed, in the caller's process, and remembered in the table.
@@ -27,7 +27,7 @@ defmodule DSPex.PythonBridge.Programs.Definition do
   The same definition, which the peer loads with the first run that needs it.
 
       iex> body = ~s(,"command":"create_program","args":{"id":"a"}})
-      iex> IO.iodata_to_binary(DSPex.PythonBridge.Programs.Definition.lazy(body))
+      iex> IO.iodata_to_binary(DSPex.PythonBridge.Programs.Body.lazy(body))
       ~s(,"command":"create_program","args":{"lazy":true,"id":"a"}})
   """
   @spec lazy(binary()) :: iodata()
@@ -43,7 +43,7 @@ defmodule DSPex.PythonBridge.Programs.Definition do
       ...>     options: %{reward: %{tool: "brevity"}, module: "react"},
       ...>     tools: [%{name: "search"}]
       ...>   })
-      iex> DSPex.PythonBridge.Programs.Definition.read(body)
+      iex> DSPex.PythonBridge.Programs.Body.read(body)
       %{tools: ["brevity", "search"], program_type: "best_of_n"}
   """
   @spec read(binary()) :: facts() | nil

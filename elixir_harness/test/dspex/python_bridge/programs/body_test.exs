@@ -1,12 +1,12 @@
-defmodule DSPex.PythonBridge.Programs.DefinitionTest do
+defmodule DSPex.PythonBridge.Programs.BodyTest do
   @moduledoc "What is read of a program's definition, and how long it is remembered."
 
   use ExUnit.Case, async: true
 
-  alias DSPex.PythonBridge.Programs.{Definition, Store}
+  alias DSPex.PythonBridge.Programs.{Body, Store}
   alias DSPex.PythonBridge.Protocol
 
-  doctest Definition
+  doctest Body
 
   test "what was read of a definition goes to no other node, and ends with it" do
     table = Store.new()
@@ -34,16 +34,16 @@ defmodule DSPex.PythonBridge.Programs.DefinitionTest do
 
   test "one that cannot be read has neither tools nor a type" do
     for body <- ["", "x", ",", ",[]}", ~s(,"args":5}), <<255>>],
-        do: assert(Definition.read(body) == nil)
+        do: assert(Body.read(body) == nil)
 
     odd = ~s(,"args":{"tools":[1,{"name":2},{"name":"a"}],"options":5,"program_type":7}})
-    assert Definition.read(odd) == %{tools: ["a"], program_type: "predict"}
-    assert Definition.read(~s(,"args":{"tools":{"name":"a"}}})).tools == []
+    assert Body.read(odd) == %{tools: ["a"], program_type: "predict"}
+    assert Body.read(~s(,"args":{"tools":{"name":"a"}}})).tools == []
   end
 
   test "the type is that of the last definition; of a program that is not known it is nil" do
     table = Store.new()
-    assert Definition.program_type(table, "qa") == nil
+    assert Body.program_type(table, "qa") == nil
 
     for {given, type} <- [
           {%{}, "predict"},
@@ -51,11 +51,11 @@ defmodule DSPex.PythonBridge.Programs.DefinitionTest do
         ] do
       {:ok, body} = Protocol.encode_body(:create_program, Map.put(given, :id, "qa"))
       Store.put(table, "qa", Store.stamp(), body)
-      for _ <- 1..2, do: assert(Definition.program_type(table, "qa") == type)
-      assert Definition.tools(table, "qa") == []
+      for _ <- 1..2, do: assert(Body.program_type(table, "qa") == type)
+      assert Body.tools(table, "qa") == []
     end
 
     Store.remove(table, :all, Store.stamp())
-    assert Definition.program_type(table, "qa") == nil
+    assert Body.program_type(table, "qa") == nil
   end
 end

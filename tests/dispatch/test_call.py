@@ -1,4 +1,4 @@
-"""call_channel: streams, tool calls and slots of running calls. Without DSPy."""
+"""call: streams, tool calls and slots of running calls. Without DSPy."""
 
 from __future__ import annotations
 
@@ -125,14 +125,6 @@ def test_a_late_or_second_result_is_dropped() -> None:
     assert bench.feed(*results) == [None] * 4
     bench.request(2)
     assert bench.next_tool_call()["call_id"] == 3
-
-
-def test_a_tool_call_that_is_not_answered_ends_with_the_deadline() -> None:
-    bench = Bench(ask_twice)
-    bench.request(1, timeout_ms=50)
-    bench.next_tool_call(), bench.next_tool_call()
-    assert bench.next()["error_type"] == "timeout"
-    assert not bench.dispatcher._channel._pending
 
 
 def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None:
@@ -295,27 +287,6 @@ def test_an_execute_behind_a_batch_gets_its_turn_in_between() -> None:
     order = [bench.started.get(timeout=20) for _ in range(100)]
     assert order.index(1000) <= 1
     assert {bench.next()["id"], bench.next()["id"]} == {1, 2}
-
-
-def test_each_item_of_a_batch_begins_in_an_iteration_of_the_loop_of_its_own() -> None:
-    """Hundreds may run at once, and until they first wait, their inputs are checked and written into prompts."""
-    turns: list[int] = [0]
-    begun: list[int] = []
-
-    async def work(_item: int) -> None:
-        begun.append(turns[0])
-
-    async def many(args: dict[str, Any], call: Call) -> Any:
-        watch = asyncio.create_task(_count(turns))
-        try:
-            return await batch.run(args, work, call)
-        finally:
-            watch.cancel()
-
-    bench = Bench(many, max_in_flight=256)
-    bench.request(1, {"inputs": list(range(100))})
-    assert len(bench.next()["result"]) == 100
-    assert len(set(begun)) == 100
 
 
 async def _count(turns: list[int]) -> None:
