@@ -1,12 +1,16 @@
-"""Runs many inputs of one `execute_program`, each with its own slot of the limiter and its own result."""
+"""Runs many inputs of one `execute_program`, each with its own slot of the limiter, its own result and, in an
+evaluation, its score.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+from statistics import fmean
 
 from dspy_bridge.caller import item_ends
 from dspy_bridge.errors import Cancelled, TimedOut, hits_all
+from dspy_bridge.runtime import large_inputs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +18,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dspy_bridge.dispatch.call import Call
+    from dspy_bridge.programs.program import Program
+
+    Work = Callable[[Any], Coroutine[Any, Any, Any]]
 
 # The items end so long before the request's deadline, in seconds: the client's own timeout runs out with the deadline,
 # and the results must be there by then. Of a short timeout it is a tenth.
@@ -24,7 +31,7 @@ _LONGEST_MS = 10 * 365 * 86_400_000
 
 async def run(
     args: dict[str, Any],
-    work: Callable[[Any], Coroutine[Any, Any, Any]],
+    work: Work,
     call: Call,
     score: Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] | None = None,
 ) -> list[dict[str, Any]]:
@@ -39,83 +46,83 @@ async def run(
     its slot by then: the score may need another run. What `score` raises ends the batch, and so does an LM that
     refuses the key.
     """
-    return await _Batch(args, work, call, score).run()
+    return await _Batch(args, work, call, score).run() if args["inputs"] else []
+
+
+async def evaluate(args: dict[str, Any], program: Program, work: Work, call: Call) -> dict[str, Any]:
+    """`{"score", "failed", "results"}`: those of a batch, each with its score, and the mean of all scores.
+
+    A result that failed has the score 0. Without inputs the mean is None. Raises `ToolFailed` as soon as the metric
+    fails, `LMFailed` or `LMNotConfigured` if an LM refuses the key, as it would for all.
+    """
+    metric = program.read_metric(args["metric"])
+    examples = await large_inputs.in_thread(lambda: program.expected(metric, args["inputs"], args.get("expected")))
+
+    async def score(index: int, outputs: dict[str, Any]) -> dict[str, Any]:
+        value, feedback = await metric.score(examples[index][0], outputs, call)
+        return {"score": value} if feedback is None else {"score": value, "feedback": feedback}
+
+    results = await run(args, work, call, score)
+    failed = sum(not result["success"] for result in results)
+    scores = [result["score"] for result in results]
+    return {"score": fmean(scores) if scores else None, "failed": failed, "results": results}
 
 
 class _Batch:
     def __init__(
         self,
         args: dict[str, Any],
-        work: Callable[[Any], Coroutine[Any, Any, Any]],
+        work: Work,
         call: Call,
         score: Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] | None,
     ) -> None:
         self._items: list[Any] = args["inputs"]
         self._work = work
         self._call = call
-        self._stream = call.request.stream
-        self._max_concurrency: int | None = args.get("max_concurrency")
-        self._item_timeout_ms: float | None = args.get("item_timeout_ms")
         self._score = score
+        self._item_timeout_ms: float | None = args.get("item_timeout_ms")
+        most = args.get("max_concurrency") or len(self._items)
         if score is not None:
             # Those that wait for their score have no slot, and would be as many as the inputs.
-            slots = call.limiter.max_running
-            self._max_concurrency = min(self._max_concurrency or slots, slots)
+            most = min(most, call.limiter.max_running)
+        self._room = asyncio.Semaphore(most)
         # The items that have a slot.
         self._holding: set[int] = set()
+        self._loop = asyncio.get_running_loop()
         # When all items end, in the loop's time.
         self._ends: float | None = None
-        self._loop = asyncio.get_running_loop()
         self._results: list[Any] = [None] * len(self._items)
         self._left = len(self._items)
         # Done with the last result, or at the deadline, however long cancelled work takes to notice.
         self._over: asyncio.Future[None] = self._loop.create_future()
-        self._started = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        # Set when a task has ended; for `max_concurrency`.
-        self._room = asyncio.Event()
 
     async def run(self) -> list[dict[str, Any]]:
-        if not self._items:
-            return []
-        deadline = self._set_deadline()
+        expiry = None
+        if self._call.deadline is not None:
+            whole = self._call.request.timeout_ms or 0.0
+            self._ends = self._call.deadline.when() - min(_EARLIER, whole / 10_000)
+            expiry = self._loop.call_at(self._ends, self._expire, whole)
         starting = self._loop.create_task(self._start_all())
-        starting.add_done_callback(self._end_with)
         try:
             await self._over
         finally:
-            if deadline is not None:
-                deadline.cancel()
+            if expiry is not None:
+                expiry.cancel()
             for task in (starting, *self._tasks):
                 task.cancel()
         return self._results
 
-    def _set_deadline(self) -> asyncio.TimerHandle | None:
-        if self._call.deadline is None:
-            return None
-        whole = self._call.request.timeout_ms or 0.0
-        self._ends = self._call.deadline.when() - min(_EARLIER, whole / 10_000)
-        return self._loop.call_at(self._ends, self._expire, whole)
-
-    def _end_with(self, starting: asyncio.Task[None]) -> None:
-        """A failure to start items is the whole call's."""
-        if not starting.cancelled() and (error := starting.exception()) is not None:
-            self._end(error)
-
     async def _start_all(self) -> None:
-        limiter, most = self._call.limiter, self._max_concurrency
         for index in range(len(self._items)):
-            while most is not None and len(self._tasks) >= most:
-                self._room.clear()
-                await self._room.wait()
+            await self._room.acquire()
             if self._call.slot_transferred:
-                await limiter.acquire()
+                await self._call.limiter.acquire()
             self._call.slot_transferred = True
             self._holding.add(index)
             task = self._loop.create_task(self._one(index))
-            self._started += 1
             self._tasks.add(task)
-            timer = self._limit(index, task)
+            timer = None if self._item_timeout_ms is None else self._limit(index, task, self._item_timeout_ms)
             task.add_done_callback(functools.partial(self._ended, index, timer))
             # The first step checks the inputs and writes the prompt: other tasks run between hundreds of those.
             await asyncio.sleep(0)
@@ -147,15 +154,11 @@ class _Batch:
                 self._end(error)
                 return
         self._settle(index, result)
-        if self._stream:
+        if self._call.request.stream:
             # The slot is kept until there is room for more, which slows the batch of a client that does not read.
             await self._call.stream_item({"index": index, **result})
 
-    def _limit(self, index: int, task: asyncio.Task[None]) -> asyncio.TimerHandle | None:
-        timeout_ms = self._item_timeout_ms
-        if timeout_ms is None:
-            return None
-
+    def _limit(self, index: int, task: asyncio.Task[None], timeout_ms: float) -> asyncio.TimerHandle:
         def expire() -> None:
             self._fail(index, self._failure(TimedOut(f"not finished within {timeout_ms:g} ms")))
             task.cancel()
@@ -167,7 +170,7 @@ class _Batch:
         if timer is not None:
             timer.cancel()
         self._tasks.discard(task)
-        self._room.set()
+        self._room.release()
         self._release(index)
         if self._results[index] is None:
             # Code of a user's may raise a CancelledError of its own.
@@ -178,16 +181,14 @@ class _Batch:
         if self._call.deadline is not None:
             self._call.deadline.cancel()
         # Made once: there may be ten thousands of items, and the client's own timeout is near.
-        not_finished, not_started = (
-            self._failure(TimedOut(f"not {begun} within {whole:g} ms")) for begun in ("finished", "started")
-        )
+        result = self._failure(TimedOut(f"not finished within {whole:g} ms"))
         for index in range(len(self._items)):
-            self._fail(index, not_finished if index < self._started else not_started)
+            self._fail(index, result)
 
     def _fail(self, index: int, result: dict[str, Any]) -> None:
         if self._results[index] is not None or self._over.done():
             return
-        if self._stream:
+        if self._call.request.stream:
             self._call.stream_item_threadsafe({"index": index, **result})
         self._settle(index, result)
 

@@ -6,10 +6,10 @@ import os
 import time
 
 from dspy_bridge import __version__
-from dspy_bridge.commands import arguments, optimization
+from dspy_bridge.commands import arguments
 from dspy_bridge.commands.program_loader import ProgramLoader
 from dspy_bridge.commands.program_registry import Entry, Registry
-from dspy_bridge.errors import InvalidArgs, LoadFailed, ProgramNotFound, SetupFailed, refuse_unknown
+from dspy_bridge.errors import InvalidArgs, LoadFailed, Overloaded, ProgramNotFound, SetupFailed, refuse_unknown
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.wire import messages
 
@@ -35,12 +35,14 @@ class Commands:
     def __init__(self, settings: Settings, setup: Callable[[], object], load: Callable[[], Mapping[str, Any]]) -> None:
         """`setup` runs before DSPy is imported; `load` gives the dispatcher's counts, for `get_stats`."""
         self._load = load
-        self._history_bytes = settings.history_bytes
+        self._settings = settings
         self._started = time.monotonic()
         self._registry = Registry()
         self._threads = WorkerThreads()
         self._loader = ProgramLoader(settings, setup, self._threads)
-        self._optimizations = optimization.Optimizations(settings.max_optimizes, self._loader)
+        # Those of optimizers, and how many programs are being optimized.
+        self._optimizers = WorkerThreads()
+        self._optimizing = 0
         self._versions: dict[str, str] | None = None
 
     def table(self) -> dict[str, Handler]:
@@ -75,7 +77,11 @@ class Commands:
         With `optimize`, the state of a better program.
         """
         arguments.check_execute(args)
-        how = optimization.read(args)
+        how = None
+        if args.get("optimize") is not None:
+            from dspy_bridge.optimizing.arguments import read
+
+            how = read(args["optimize"])
         entry = self._registry.get(args["program_id"])
         if entry is None:
             raise ProgramNotFound(args["program_id"])
@@ -102,13 +108,15 @@ class Commands:
             # Looking them up takes 2 ms on the reading thread.
             self._versions = _versions()
         memory = psutil.Process().memory_info()
+        threads, optimizers = self._threads.counts(), self._optimizers.counts()
+        threads.update((name, threads[name] + optimizers[name]) for name in ("running", "abandoned"))
         return {
             "programs_count": len(self._registry.answered()),
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self._load(),
             "lm_waiting": self._loader.lm_waiting(),
-            "threads": self._optimizations.added_to(self._threads.counts()),
+            "threads": threads,
             "pid": os.getpid(),
             "versions": self._versions,
             "degraded": self._loader.degraded(),
@@ -155,15 +163,32 @@ class Commands:
             return await one(inputs, call.request.stream)
 
         # They import asyncio, for which no ping waits.
-        from dspy_bridge.commands import batch, evaluation
+        from dspy_bridge.commands import batch
 
         if args.get("metric") is not None:
-            return await evaluation.run(args, program, one, call)
+            return await batch.evaluate(args, program, one, call)
         return {"results": await batch.run(args, one, call)}
 
     async def _optimize(self, entry: Entry, how: Optimize, args: dict[str, Any], call: Call) -> dict[str, Any]:
         entry, _ = await self._working(entry, call)
-        return await self._optimizations.run(entry, how, args, call)
+        running, most = self._optimizing, self._settings.max_optimizes
+        if running >= most:
+            raise Overloaded(f"{running} programs are being optimized: DSPY_BRIDGE_MAX_OPTIMIZES is {most}")
+        self._optimizing += 1
+        # The optimizer's LM calls have slots of their own.
+        call.slot_transferred = True
+        call.limiter.release()
+        try:
+            from dspy_bridge.optimizing import optimization
+
+            # Optimizers change the program that they are given.
+            program = await self._loader.build(entry.definition)
+            return await optimization.run(
+                how, program, args, call, call.limiter, self._optimizers, stream=call.request.stream
+            )
+        finally:
+            self._optimizing -= 1
+            self._loader.removed(1)
 
     async def _with_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
         """Loads lazy programs. States are dumped in a thread: they may be large, and user code may dump them."""
@@ -199,7 +224,7 @@ class Commands:
 
                     request = call.request
                     call.meter = Meter(
-                        self._history_bytes if request.history else None,
+                        self._settings.history_bytes if request.history else None,
                         call.received if request.lm_events else None,
                     )
                 return entry, program

@@ -34,10 +34,7 @@ _REFUSALS = (ArithmeticError, AssertionError, ImportError, TypeError, ValueError
 async def run(
     given: Optimize,
     program: Program,
-    metric_given: dict[str, Any],
-    inputs: list[Any],
-    expected: list[Any] | None,
-    lm: object,
+    args: dict[str, Any],
     call: Caller,
     limiter: Limiter,
     threads: WorkerThreads,
@@ -46,16 +43,19 @@ async def run(
 ) -> dict[str, Any]:
     """`{"state", "score", "baseline", "candidates", "stopped", "lm_calls", "metric_calls"}`.
 
-    `program`: one that nobody else has; it is changed. Raises `BridgeError`; any other exception is a defect.
+    `program`: one that nobody else has; it is changed. `args`: of the execute.
+
+    Raises `BridgeError`; any other exception is a defect.
     """
+    inputs, expected = args["inputs"], args.get("expected")
     await large_inputs.in_thread(lambda: optimizers.check(given, len(inputs)))
     if given.budget.tokens is not None and not dspy_internals.USAGE_SETTING.there:
         raise InvalidArgs(f"optimize.budget.tokens: DSPy {dspy.__version__} does not report tokens as expected")
     if expected is None and given.optimizer == "labeled_few_shot":
         raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
-    job = _Job(given, program, program.read_metric(metric_given), Run(call, limiter, given.budget))
+    job = _Job(given, program, program.read_metric(args["metric"]), Run(call, limiter, given.budget))
     await large_inputs.in_thread(lambda: job.read(inputs, expected, stream=stream))
-    return await job.run(lm, threads)
+    return await job.run(args.get("lm"), threads)
 
 
 class _Job:

@@ -110,7 +110,6 @@ def compile(
     cls = _CLASSES[given.optimizer]
     of_constructor, takes = inspect.signature(cls).parameters, _takes(given.optimizer)
     chosen = _options(given)
-    _check_demos(given.optimizer, {name: chosen.get(name, takes[name].default) for name in takes}, student)
     if "stop_at_score" in chosen:
         # DSPy compares it with a mean that it has rounded so, in percent.
         chosen["stop_at_score"] = round(100 * chosen["stop_at_score"], 2)
@@ -173,14 +172,3 @@ def _check_package(name: str) -> None:
             how = "`mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
         text = f"optimize.optimizer: {name} needs the Python package {needs}; install it with {how}"
         raise InvalidArgs(text) from error
-
-
-def _check_demos(name: str, chosen: Mapping[str, Any], student: dspy.Module) -> None:
-    """Raises `InvalidArgs` if a state with so many demos could not be loaded."""
-    predictors = len(student.predictors())
-    for option, kind in OPTIONS[name].items():
-        if kind is _DEMOS and chosen[option] * predictors > MAX_DEMOS:
-            raise InvalidArgs(
-                f"optimize.options.{option}: expected at most {MAX_DEMOS // predictors}: the program has {predictors} "
-                f"predictors, and a state has at most {MAX_DEMOS} demos"
-            )

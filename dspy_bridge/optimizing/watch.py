@@ -18,8 +18,6 @@ from dspy_bridge.optimizing import student
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.run import Run
 
-_INSTRUCTION, _PREFIX = "proposed_instruction", "proposed_prefix_for_output_field"
-
 
 class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
     """Errors that would hit all calls end the run, whatever DSPy does with them."""
@@ -115,18 +113,12 @@ def _class_of(kind: Any) -> Any:
 
 def _kept(signature: Any, inputs: dict[str, Any]) -> dict[str, str] | None:
     """The outputs of one who proposes what there is; None if it is not asked for a proposal."""
-    if "basic_instruction" in inputs:
-        values = {_INSTRUCTION: inputs["basic_instruction"], _PREFIX: ""}
-    elif "attempted_instructions" in inputs:
-        # COPRO's earlier candidates with their scores, the best one last.
-        values = {_INSTRUCTION: "", _PREFIX: ""}
-        for line in inputs["attempted_instructions"]:
-            kind, _, text = line.partition(": ")
-            if kind.startswith("Instruction #"):
-                values[_INSTRUCTION] = text
-            elif kind.startswith("Prefix #"):
-                values[_PREFIX] = text
-    else:
-        return None
-    names = signature.output_fields
-    return {name: values[name] for name in names} if names.keys() <= values.keys() else None
+    # COPRO's earlier candidates with their scores, the best one last.
+    attempted = [line.partition(": ") for line in inputs.get("attempted_instructions", ())]
+    texts = {kind.partition(" #")[0]: text for kind, _, text in attempted}
+    values = {
+        "proposed_instruction": inputs.get("basic_instruction", texts.get("Instruction")),
+        "proposed_prefix_for_output_field": texts.get("Prefix", ""),
+    }
+    asked = signature.output_fields.keys() <= values.keys() and values["proposed_instruction"] is not None
+    return {name: values[name] for name in signature.output_fields} if asked else None

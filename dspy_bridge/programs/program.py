@@ -64,32 +64,23 @@ class Program:
         """What DSPy's `save` writes; of `module`, if it is given: one that an optimizer has made of the program's."""
         return saved_state.dump(self.runner.module if module is None else module, self._saved_lm)
 
-    async def metric(
-        self, given: dict[str, Any], inputs: list[Any], expected: list[Any] | None
-    ) -> tuple[scores.Metric, list[dict[str, Any]]]:
-        """A metric for this program, and what it gets of each item. Raises `InvalidArgs` or `NotAllowed`."""
-        signature, files_dir = self._contract.signature, self._lms.settings.files_dir
-        metric = self.read_metric(given)
-
-        def read() -> list[dict[str, Any]]:
-            return [example for example, _ in scores.read_examples(metric, inputs, expected, signature, files_dir)]
-
-        return metric, await large_inputs.in_thread(read)
-
     def read_metric(self, given: dict[str, Any]) -> scores.Metric:
         """A metric for this program. Raises `InvalidArgs`."""
         return scores.read_metric(given, self._contract.signature)
 
+    def expected(
+        self, metric: scores.Metric, inputs: list[Any], expected: list[Any] | None, where: str = ""
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """As `scores.read_examples`. `where`: of the lists, in errors. In a thread: it may take long."""
+        signature, files_dir = self._contract.signature, self._lms.settings.files_dir
+        return scores.read_examples(metric, inputs, expected, signature, files_dir, f"{where}expected")
+
     def examples(
         self, metric: scores.Metric, inputs: list[Any], expected: list[Any] | None, where: str
     ) -> list[tuple[dspy.Example, dict[str, Any]]]:
-        """For an optimizer: each with what the metric gets of it. `where`: of the lists, in errors.
-
-        Raises `InvalidArgs` or `NotAllowed`. In a thread: it may take long.
-        """
-        signature, files_dir = self._contract.signature, self._lms.settings.files_dir
-        read = scores.read_examples(metric, inputs, expected, signature, files_dir, f"{where}expected")
+        """For an optimizer: each with what the metric gets of it. As `expected`."""
         examples = []
+        read = self.expected(metric, inputs, expected, where)
         for index, (item, (given, outputs)) in enumerate(zip(inputs, read, strict=True)):
             here = f"{where}inputs[{index}]"
             if not isinstance(item, dict):

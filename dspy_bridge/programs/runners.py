@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 from typing import Any
 
 import dspy
@@ -133,10 +134,19 @@ class ScoredRunner(Runner):
 
     def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
         """As `Runner`'s: with a copy for each call, since DSPy's objects count their failures."""
-        failures = _Failures()
+        failures: list[Exception] = []
+
+        # Positional only: an input may have any name.
+        def noting(work: Any, /, *args: Any, **values: Any) -> Any:
+            try:
+                return work(*args, **values)
+            except Exception as error:
+                failures.append(error)
+                raise
+
         made = copy.copy(module)
-        made.module = _Attempt(module.module, failures)
-        made.reward_fn = lambda *args: _noting(failures, self._reward, *args)
+        made.module = _Attempt(module.module, noting)
+        made.reward_fn = functools.partial(noting, self._reward)
         # What optimizers run has been called already, so DSPy's callbacks have seen it.
         prediction = made(**values) if kind is type(module) else kind.forward(made, **values)
         if prediction is None:
@@ -144,32 +154,16 @@ class ScoredRunner(Runner):
         return prediction
 
 
-class _Failures(list[Exception]):
-    """Shared by the copies that DSPy makes of a module for each attempt."""
-
-    def __deepcopy__(self, _memo: object) -> _Failures:
-        return self
-
-
 class _Attempt(dspy.Module):  # type: ignore[misc]  # DSPy ships no types
-    """Keeps the errors of attempts, which DSPy drops."""
+    """Its errors, which DSPy drops, are noted. DSPy copies it for each attempt, but no functions."""
 
-    def __init__(self, inner: dspy.Module, failures: _Failures) -> None:
+    def __init__(self, inner: dspy.Module, noting: Any) -> None:
         super().__init__()
         self.inner = inner
-        self.failures = failures
+        self.noting = noting
 
     def forward(self, **values: Any) -> Any:
-        return _noting(self.failures, self.inner, **values)
-
-
-def _noting(failures: _Failures, work: Any, /, *args: Any, **values: Any) -> Any:
-    # Positional only: an input may have any name.
-    try:
-        return work(*args, **values)
-    except Exception as error:
-        failures.append(error)
-        raise
+        return self.noting(self.inner, **values)
 
 
 class CodeRunner(Runner):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import dspy
 import jiter
@@ -17,7 +17,7 @@ from dspy_bridge.signatures import confined_files, media, validation_errors
 
 # A larger file is not a state.
 MAX_STATE_BYTES = 64 * 1024 * 1024
-# DSPy writes them into each prompt, on the event loop: 500 take 16 to 60 ms.
+# Of a predictor. DSPy writes them into each prompt, on the event loop: 500 take 16 to 60 ms.
 MAX_DEMOS = 500
 # The settings that are taken from a saved LM. An allow list: a state must not send prompts to another address, and
 # providers have many names for that.
@@ -42,7 +42,7 @@ class _Saved(TypedDict):
 
     traces: list[Any]
     train: list[Any]
-    demos: list[dict[str, Any]]
+    demos: Annotated[list[dict[str, Any]], pydantic.Field(max_length=MAX_DEMOS)]
     signature: _Signature
     lm: NotRequired[dict[str, Any] | None]
     fields: NotRequired[Any]
@@ -88,8 +88,6 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     given = _by_predictor(module, state)
     for name, parameter in wanted.items():
         _check(given[name], parameter.signature.fields, "state" if flat else f"state.{name}")
-    if sum(len(saved["demos"]) for saved in given.values()) > MAX_DEMOS:
-        raise InvalidArgs(f"state: expected at most {MAX_DEMOS} demos in all")
     lms = [_settings_of(saved["lm"]) for saved in given.values() if saved.get("lm") is not None]
     if any(lm != lms[0] for lm in lms) or len(lms) not in (0, len(given)):
         raise InvalidArgs("state: its predictors have different LMs; expected one, or none")

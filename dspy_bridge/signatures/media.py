@@ -16,9 +16,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import dspy
 import pydantic
 
-from dspy_bridge.errors import BridgeError
 from dspy_bridge.signatures import confined_files
-from dspy_bridge.signatures.validation_errors import again, not_allowed, unfit
+from dspy_bridge.signatures.validation_errors import not_allowed, unfit
 
 # Base64 makes it a third longer; providers accept less than this.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -108,10 +107,7 @@ def _history(value: Any, turn: Turn | None) -> Any:
     for index, given in enumerate(value):
         if not isinstance(given, dict):
             raise unfit(f"turn[{index}]: expected an object with fields of the signature")
-        try:
-            turns.append(given if turn is None else turn(given, f"turn[{index}]"))
-        except BridgeError as error:
-            raise again(error) from None
+        turns.append(given if turn is None else turn(given, f"turn[{index}]"))
     return dspy.History(messages=turns)
 
 

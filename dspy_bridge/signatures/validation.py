@@ -68,6 +68,8 @@ class Contract:
                 values[name] = value if validator is None else validator.validate_python(value)
             except (TypeError, ValueError) as error:
                 wrong.append(validation_errors.describe(f"inputs.{name}", error))
+            except BridgeError as error:  # of a turn of a history
+                wrong.append(type(error)(f"inputs.{name}: {error}"))
         if wrong:
             expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if misnamed else ""
             kind = NotAllowed if any(isinstance(error, NotAllowed) for error in wrong) else InvalidArgs

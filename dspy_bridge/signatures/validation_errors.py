@@ -23,11 +23,6 @@ def not_allowed(text: str) -> PydanticCustomError:
     return PydanticCustomError(_NOT_ALLOWED, "{text}", {"text": text})
 
 
-def again(error: BridgeError) -> PydanticCustomError:
-    """For a validator to raise: an error that `describe` has made of an inner one."""
-    return not_allowed(str(error)) if isinstance(error, NotAllowed) else unfit(str(error))
-
-
 def describe(where: str, error: Exception) -> BridgeError:
     """An error of a validator as one of ours, without the value, which pydantic's text quotes."""
     if not isinstance(error, pydantic.ValidationError):

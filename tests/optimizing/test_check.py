@@ -6,9 +6,8 @@ import inspect
 import sys
 from typing import Any
 
-import dspy
 import pytest
-from plain_optimizers import METRICS, ROLES, TRAINSET
+from plain_optimizers import ROLES
 
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.optimizing import optimizers
@@ -86,25 +85,6 @@ def test_what_an_optimizer_has_no_use_for_is_refused(optimizer: str) -> None:
 
 def test_an_empty_trainset_is_refused() -> None:
     assert refusal(given("copro"), 0) == "inputs: expected at least one example to optimize with"
-
-
-def test_demos_that_no_state_could_have_are_refused_before_an_lm_is_asked() -> None:
-    """A ReAct has two predictors, and a state has 500 demos at most."""
-    react = dspy.ReAct("question -> answer", tools=[])
-
-    def compiled(optimizer: str, options: dict[str, Any]) -> None:
-        optimizers.compile(given(optimizer, options), react, TRAINSET, None, METRICS, {})
-
-    for optimizer, options, option in [
-        ("labeled_few_shot", {"k": 251}, "k"),
-        ("bootstrap_few_shot", {"max_bootstrapped_demos": 251}, "max_bootstrapped_demos"),
-        ("mipro_v2", {"max_labeled_demos": 251}, "max_labeled_demos"),
-        ("simba", {"bsize": 1, "max_demos": 251}, "max_demos"),
-    ]:
-        text = f"optimize.options.{option}: expected at most 250: the program has 2 predictors, and a state has at most"
-        with pytest.raises(InvalidArgs, match=text):
-            compiled(optimizer, options)
-    compiled("labeled_few_shot", {"k": 250})
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,12 @@ def test_a_state_of_another_type_is_refused(kind: str, other: str, tmp_path: Pat
 GOOD = learned("predict").dump_state()
 
 
+def test_a_predictor_has_at_most_500_demos() -> None:
+    saved_state.load(dspy.Predict(QA), {**GOOD, "demos": [{"answer": "a"}] * 500})
+    with pytest.raises(InvalidArgs, match=r"state\.demos: .* at most 500"):
+        saved_state.load(dspy.Predict(QA), {**GOOD, "demos": [{"answer": "a"}] * 501})
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: (
