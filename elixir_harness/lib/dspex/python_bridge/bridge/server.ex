@@ -192,9 +192,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def handle_info({:drain_timeout, port}, state),
     do: {:noreply, PeerLifecycle.drain_timeout(state, port)}
 
-  def handle_info({:start_failure, next, why, explanation, then}, state),
-    do: {:noreply, PeerLifecycle.explained(state, next, why, explanation, then)}
-
   # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be written), or
   # both, in either order. The first removes the peer; the second matches no peer's port any longer.
   def handle_info({port, {:exit_status, code}}, state) when is_transport(port),
