@@ -22,6 +22,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   @max_delay_ms 5_000
   # The first delay doubled seven times is past the maximum.
   @max_doublings 7
+  # More than `StartDiagnosis` takes.
+  @diagnosis_ms 6_000
 
   ## Start
 
@@ -114,9 +116,11 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     do: explain(end_peer(%{state | next: nil}, next, reason, why), next, why)
 
   # A peer writes why it does not start to standard error, which the bridge does not read: another process starts it
-  # again for that line.
+  # again for that line. The bridge goes on without it if that process ends early.
   defp explain(state, next, "exit" <> _status = why) do
-    {owner, options, timer} = {self(), state.options, make_ref()}
+    state = set_timer(state, @diagnosis_ms, {:not_started, next, why})
+    %{timer: timer, options: options} = state
+    owner = self()
 
     diagnose = fn ->
       line = StartDiagnosis.last_line(options, owner)
@@ -125,7 +129,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
 
     spawn(fn -> ServerGuard.run(diagnose) end)
-    %{cancel_timer(state) | timer: timer}
+    state
   end
 
   defp explain(state, next, why), do: not_started(state, next, why)
