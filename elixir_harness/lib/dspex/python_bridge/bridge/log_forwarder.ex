@@ -17,13 +17,11 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   @max_bytes 65_536
   # The number that the peer keeps when nobody reads its standard error.
   @most_waiting 1_000
-  # With frames of more bytes.
-  @most_large 10
 
-  @enforce_keys [:pid, :bridge]
-  defstruct [:pid, :bridge, dropped: 0]
+  @enforce_keys [:pid]
+  defstruct [:pid, dropped: 0]
 
-  @type t :: %__MODULE__{pid: pid(), bridge: bridge(), dropped: non_neg_integer()}
+  @type t :: %__MODULE__{pid: pid(), dropped: non_neg_integer()}
   @typedoc "The bridge's name, or its pid if it has none."
   @type bridge :: GenServer.name() | pid()
 
@@ -31,32 +29,20 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
   @spec start(bridge()) :: t()
   def start(bridge) do
     {:ok, pid} = GenServer.start(__MODULE__, {bridge, self()})
-    %__MODULE__{pid: pid, bridge: bridge}
+    %__MODULE__{pid: pid}
   end
 
   @doc "Forwards a frame of the peer with this OS pid. It never blocks."
   @spec take(t(), binary(), pos_integer() | nil) :: t()
   def take(%__MODULE__{pid: pid, dropped: dropped} = log, frame, os_pid) do
-    most = if byte_size(frame) > @max_bytes, do: @most_large, else: @most_waiting
-
     case Process.info(pid, :message_queue_len) do
-      {_length, waiting} when waiting < most ->
+      {_length, waiting} when waiting < @most_waiting ->
         send(pid, {:record, os_pid, frame, dropped})
         %{log | dropped: 0}
 
-      {_length, _many} ->
+      _many_or_gone ->
         %{log | dropped: dropped + 1}
-
-      nil ->
-        take(%{start(log.bridge) | dropped: dropped}, frame, os_pid)
     end
-  end
-
-  @doc "The bridge ends: what was dropped last is logged, too."
-  @spec finish(t()) :: :ok
-  def finish(%__MODULE__{pid: pid, dropped: dropped}) do
-    send(pid, {:dropped, dropped})
-    :ok
   end
 
   ## The process
@@ -73,32 +59,22 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarder do
 
     case Protocol.decode_log(frame) do
       {:ok, level, message, metadata} ->
-        Logger.log(level, cut(message), [bridge: state.bridge, os_pid: os_pid] ++ metadata)
+        Logger.log(
+          level,
+          String.byte_slice(message, 0, @max_bytes),
+          [bridge: state.bridge, os_pid: os_pid] ++ metadata
+        )
 
       {:error, _reason} ->
         report(state.bridge, 1)
     end
 
-    if byte_size(frame) > @max_bytes, do: {:noreply, state, :hibernate}, else: {:noreply, state}
-  end
-
-  def handle_info({:dropped, dropped}, state) do
-    report(state.bridge, dropped)
     {:noreply, state}
   end
 
   # After all that the bridge has sent.
   def handle_info({:DOWN, owner, :process, _pid, _reason}, %{owner: owner} = state),
     do: {:stop, :normal, state}
-
-  # A copy: a part would keep the whole message alive as long as a handler keeps it.
-  defp cut(message) when byte_size(message) <= @max_bytes, do: message
-
-  defp cut(message) do
-    # Without the bytes of a character that is cut.
-    part = message |> binary_part(0, @max_bytes) |> String.replace_invalid("")
-    "#{part} … (cut: #{byte_size(message)} bytes)"
-  end
 
   defp report(_bridge, 0), do: :ok
 

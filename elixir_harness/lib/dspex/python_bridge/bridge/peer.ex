@@ -85,20 +85,6 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
     ArgumentError -> :ok
   end
 
-  @doc """
-  Whether output to the peer is still queued. Closing the port then closes nothing: the runtime keeps the pipe until
-  all is written, and does not itself stop before.
-  """
-  @spec blocked?(t()) :: boolean()
-  def blocked?(%__MODULE__{port: process}) when is_pid(process), do: false
-
-  def blocked?(%__MODULE__{port: port}) do
-    case Port.info(port, :queue_size) do
-      {:queue_size, bytes} -> bytes > 0
-      nil -> false
-    end
-  end
-
   @doc "Marks a peer that has answered its first ping."
   @spec up(t()) :: t()
   def up(%__MODULE__{} = peer), do: %{peer | up_at: Deadline.now()}

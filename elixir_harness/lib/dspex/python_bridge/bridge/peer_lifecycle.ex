@@ -22,6 +22,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   @max_delay_ms 5_000
   # The first delay doubled seven times is past the maximum.
   @max_doublings 7
+  # More than `StartDiagnosis` takes.
+  @diagnosis_ms 6_000
 
   ## Start
 
@@ -84,7 +86,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
       Status.death(state, peer, :warning, why, "its successor is starting")
       %{state | status: :restarting}
     else
-      {delay, state} = try_again(state, not Peer.of_use?(peer), working?)
+      {delay, state} = try_again(state, failures(state, peer, working?))
       Status.death(state, peer, :warning, why, "next attempt in #{delay} ms")
       refuse_calls(state)
     end
@@ -101,8 +103,36 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
   end
 
+  # Work may have killed it: the bridge goes on.
+  defp failures(%{failures: failures, options: %{max_retries: most}}, peer, working?) do
+    cond do
+      Peer.of_use?(peer) -> 0
+      working? -> min(failures + 1, most)
+      true -> failures + 1
+    end
+  end
+
   defp lost_next(%{next: next} = state, why, reason),
-    do: not_started(end_peer(%{state | next: nil}, next, reason, why), next, why)
+    do: explain(end_peer(%{state | next: nil}, next, reason, why), next, why)
+
+  # A peer writes why it does not start to standard error, which the bridge does not read: another process starts it
+  # again for that line. The bridge goes on without it if that process ends early.
+  defp explain(state, next, "exit" <> _status = why) do
+    state = set_timer(state, @diagnosis_ms, {:not_started, next, why})
+    %{timer: timer, options: options} = state
+    owner = self()
+
+    diagnose = fn ->
+      line = StartDiagnosis.last_line(options, owner)
+      why = if line, do: "#{why}: #{line}", else: why
+      send(owner, {:timeout, timer, {:not_started, next, why}})
+    end
+
+    spawn(fn -> ServerGuard.run(diagnose) end)
+    state
+  end
+
+  defp explain(state, next, why), do: not_started(state, next, why)
 
   # The peer is gone, or is killed now, with all that it started.
   defp end_peer(%{in_flight: before} = state, peer, reason, why) do
@@ -129,15 +159,10 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   end
 
   defp not_started(state, next, why) do
-    state = %{state | last_error: with_explanation(state.last_error, why)}
-    {delay, state} = try_again(state, true, false)
-    state = explain(state, next, why, "next attempt in #{delay} ms")
-    answer_restarts(state, {:error, "the Python process did not start: #{why}"})
+    {delay, state} = try_again(%{state | last_error: why}, state.failures + 1)
+    Status.death(state, next, :warning, why, "next attempt in #{delay} ms")
+    answer_restarts(refuse_calls(state), {:error, "the Python process did not start: #{why}"})
   end
-
-  # That of an attempt that failed in the same way.
-  defp with_explanation(before, why),
-    do: if(before && String.starts_with?(before, why <> ": "), do: before, else: why)
 
   # Calls do not wait for a Python that does not start. Those of a pool know other bridges.
   defp refuse_calls(%{status: :failed, last_error: reason} = state) do
@@ -147,43 +172,11 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   defp refuse_calls(state), do: state
 
-  # `useless?`: whether the peer had been of no use; `working?`: whether it had work, which may have killed it.
-  defp try_again(state, useless?, working?) do
-    %{useless: useless, idle: idle} = if useless?, do: state.deaths, else: State.no_deaths()
-    delay = min(@first_delay_ms * 2 ** min(useless, @max_doublings), @max_delay_ms)
-    idle = if useless? and not working?, do: idle + 1, else: 0
-    deaths = %{useless: if(useless?, do: useless + 1, else: 0), idle: idle}
-    status = if idle > state.options.max_retries, do: :failed, else: :restarting
-    {delay, set_timer(%{state | deaths: deaths, status: status}, delay, :open)}
-  end
-
-  # A peer writes why it does not start to standard error, which the bridge does not read: another process starts it
-  # again for that line. The log waits for it, to have one entry.
-  defp explain(state, %Peer{up_at: nil} = next, "exit" <> _status = why, then) do
-    {owner, options} = {self(), state.options}
-
-    diagnose = fn ->
-      line = StartDiagnosis.last_line(options, owner)
-      send(owner, {:start_failure, next, why, line && "#{why}: #{line}", then})
-    end
-
-    spawn(fn -> ServerGuard.run(diagnose) end)
-    state
-  end
-
-  defp explain(state, next, why, then) do
-    Status.death(state, next, :warning, why, then)
-    refuse_calls(state)
-  end
-
-  @doc "Logs why a peer did not start, with the line that it wrote, if any."
-  @spec explained(State.t(), Peer.t(), String.t(), String.t() | nil, String.t()) :: State.t()
-  def explained(state, next, why, explanation, then) do
-    Status.death(state, next, :warning, explanation || why, then)
-    # Something else may have happened meanwhile.
-    if state.last_error && with_explanation(state.last_error, why) == state.last_error,
-      do: refuse_calls(%{state | last_error: explanation || state.last_error}),
-      else: state
+  defp try_again(state, failures) do
+    doublings = min(max(failures - 1, 0), @max_doublings)
+    delay = min(@first_delay_ms * 2 ** doublings, @max_delay_ms)
+    status = if failures > state.options.max_retries, do: :failed, else: :restarting
+    {delay, set_timer(%{state | failures: failures, status: status}, delay, :open)}
   end
 
   ## Restart
@@ -201,12 +194,10 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
         open(state)
 
       true ->
-        open(%{cancel_timer(state) | deaths: State.no_deaths(), status: trying(state.status)})
+        status = if state.status == :failed, do: :restarting, else: state.status
+        open(%{cancel_timer(state) | failures: 0, status: status})
     end
   end
-
-  defp trying(:failed), do: :restarting
-  defp trying(status), do: status
 
   @doc "Kills a peer that does not react, and starts another."
   @spec replace(State.t()) :: State.t()
@@ -214,7 +205,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     Status.log(state, peer, :warning, "does not react and is replaced")
     InFlight.notify(state.in_flight, :down)
     state = %{end_peer(%{state | peer: nil}, peer, :unresponsive, nil) | status: :restarting}
-    if state.next, do: state, else: open(%{state | deaths: State.no_deaths()})
+    if state.next, do: state, else: open(%{state | failures: 0})
   end
 
   # A peer that starts has its own timeout.
@@ -267,8 +258,10 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   ## The timer: a peer that starts waits for one thing at a time
 
   @doc "Handles the timer that this module has set."
-  @spec timer_fired(State.t(), :open | :start_timeout) :: State.t()
+  @spec timer_fired(State.t(), :open | :start_timeout | {:not_started, Peer.t(), String.t()}) ::
+          State.t()
   def timer_fired(state, :open), do: open(state)
+  def timer_fired(state, {:not_started, next, why}), do: not_started(state, next, why)
 
   def timer_fired(state, :start_timeout) do
     why = "no answer to its first ping within #{state.options.start_timeout} ms"

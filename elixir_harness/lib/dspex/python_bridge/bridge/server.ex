@@ -192,9 +192,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def handle_info({:drain_timeout, port}, state),
     do: {:noreply, PeerLifecycle.drain_timeout(state, port)}
 
-  def handle_info({:start_failure, next, why, explanation, then}, state),
-    do: {:noreply, PeerLifecycle.explained(state, next, why, explanation, then)}
-
   # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be written), or
   # both, in either order. The first removes the peer; the second matches no peer's port any longer.
   def handle_info({port, {:exit_status, code}}, state) when is_transport(port),
@@ -216,8 +213,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   ## The end
 
   # In a normal shutdown, calls that the peer has are answered first. Then the peer sees end of input and may leave;
-  # what has not left soon is killed before this process ends, since the BEAM may stop next. A peer that does not
-  # read would not see the end of its input, and would keep the BEAM from stopping.
+  # what has not left soon is killed before this process ends, since the BEAM may stop next, and a full pipe would keep
+  # it from that.
   @impl GenServer
   def terminate(reason, state), do: ServerGuard.ending(reason, fn -> finish(reason, state) end)
 
@@ -226,12 +223,10 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     give_back(state.options.name)
     peers = State.peers(state)
     state = if normal?(reason), do: finish_calls(state), else: state
-    if Enum.any?(peers, &Peer.blocked?/1), do: Reaper.kill_all(state.reaper)
     Enum.each(peers, &Peer.close/1)
     InFlight.fail_all(state.in_flight, :bridge_not_running, :all)
     Registry.delete(:bridge, self())
     Reaper.finish(state.reaper)
-    LogForwarder.finish(state.log_forwarder)
     # Others may have ended while calls were finished.
     for peer <- State.peers(state), do: Status.down(state, peer, :stopped)
   end

@@ -4,6 +4,7 @@ defmodule DSPex.PythonBridge.Bridge.State do
   #
   #   * `peer`: the one that serves; `next`: one that starts; `old`: those that finish their calls
   #   * `timer`: what `next`, or the next attempt to start one, waits for
+  #   * `failures`: peers in a row that were of no use
   #   * `restarts_waiting`: callers of a restart
   #   * `to_load`: the declared programs that are still to be loaded; `loading`: the one that is; `failed`: why others
   #     could not be, by their stamps (`DSPex.PythonBridge.Bridge.DeclaredPrograms`)
@@ -15,7 +16,7 @@ defmodule DSPex.PythonBridge.Bridge.State do
   @enforce_keys [:options, :label, :reaper, :log_forwarder, :programs, :to_load, :in_flight]
   defstruct @enforce_keys ++
               [:peer, :next, :timer, :last_error, :loading] ++
-              [status: :starting, old: [], opened: 0, deaths: %{useless: 0, idle: 0}] ++
+              [status: :starting, old: [], opened: 0, failures: 0] ++
               [restarts_waiting: [], failed: %{}] ++
               [late_replies: 0, unreadable_frames: 0]
 
@@ -33,7 +34,7 @@ defmodule DSPex.PythonBridge.Bridge.State do
           status: :starting | :running | :restarting | :failed | :stopping,
           old: [Peer.t()],
           opened: non_neg_integer(),
-          deaths: deaths(),
+          failures: non_neg_integer(),
           restarts_waiting: [GenServer.from()],
           to_load: [Programs.Store.id()],
           loading: DeclaredPrograms.loading() | nil,
@@ -41,13 +42,6 @@ defmodule DSPex.PythonBridge.Bridge.State do
           late_replies: non_neg_integer(),
           unreadable_frames: non_neg_integer()
         }
-
-  @typedoc "How many peers in a row died that were of no use, and how many of them without work."
-  @type deaths :: %{useless: non_neg_integer(), idle: non_neg_integer()}
-
-  @doc "A peer was of use."
-  @spec no_deaths() :: deaths()
-  def no_deaths, do: %{useless: 0, idle: 0}
 
   @doc "All peers that have not ended."
   @spec peers(t()) :: [Peer.t()]

