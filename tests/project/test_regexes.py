@@ -43,8 +43,6 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
     "field_markers:without_tags": (lambda text: field_markers.without_tags(text, {"ab"}), ["x</ab >", "<ab/>"]),
     "field_parsers:_HEADER": (lambda text: field_parsers._HEADER.match(text), ["[[ ## ab ## ]]"]),
     "field_parsers:_BEGUN_HEADER": (lambda text: field_parsers._BEGUN_HEADER.fullmatch(text), ["[[ ## ab ## ]]"]),
-    "field_markers:_HEADER": (field_markers.without_headers, ["[[ ## ab ## ]]"]),
-    "field_markers:without_tags": (lambda text: field_markers.without_tags(text, {"ab"}), ["<ab c>", "</ab/>"]),
     "offline_lm:stream": (_words, ["ab  cd"]),
     "field_parsers:_TEXT": (lambda text: field_parsers._TEXT.match(text), [r"a\n\u00e9\ud83d\udc0e", r"\ud83dx"]),
     "field_parsers:_UNFINISHED": (lambda text: field_parsers._UNFINISHED.fullmatch(text), [r"\u00e", r"\ud83d\udc0"]),
