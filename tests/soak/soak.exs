@@ -9,7 +9,7 @@
 
 defmodule Soak do
   alias DSPex.PythonBridge.{Bridge, Pool}
-  alias DSPex.PythonBridge.Calls.LoadCounters
+  alias DSPex.PythonBridge.Pool.LoadCounters
 
   @workers 24
   @crowd 3_000
