@@ -54,13 +54,13 @@ defmodule DSPex.PythonBridge.Pool.SilenceTest do
 
   @tag :capture_log
   @tag :slow
-  test "it is replaced within 10 s by default" do
+  test "it is replaced long before its monitor would have missed three pings by default" do
     [hung] = start_up(who(pool_size: 1))
     stop(hung.os_pid)
     assert ask(50) == :timeout
     # A call waits for that.
     waiting = Task.async(fn -> ask(60_000) end)
-    eventually(fn -> Bridge.get_status(hung.bridge).os_pid != hung.os_pid end, 10_000)
+    eventually(fn -> Bridge.get_status(hung.bridge).os_pid not in [nil, hung.os_pid] end, 60_000)
     assert Task.await(waiting, 60_000) == Bridge.get_status(hung.bridge).os_pid
     assert Bridge.get_status(hung.bridge).restarts == 1
     eventually(fn -> not alive?(hung.os_pid) end)
