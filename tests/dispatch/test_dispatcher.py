@@ -243,6 +243,19 @@ def test_idle_is_told_after_the_last_reply_was_sent() -> None:
     assert sent_before.get(timeout=20) == 1
 
 
+def test_a_loop_that_starts_is_not_idle() -> None:
+    """Python, which exits then, would refuse what its thread still imports."""
+    begun, ready, idle = threading.Event(), threading.Event(), threading.Event()
+    bench = Bench()
+    bench.dispatcher._on_start = lambda: begun.set() or ready.wait(20)
+    bench.dispatcher.start()
+    assert begun.wait(20)
+    bench.dispatcher.when_idle(idle.set)
+    assert not idle.is_set()
+    ready.set()
+    assert idle.wait(20)
+
+
 def test_counts_per_command() -> None:
     bench = Bench()
     bench.feed({"id": 1, "command": "quick"}, {"id": 2, "command": "bad"}, {"id": 3, "command": "nope"}, work(4))

@@ -250,6 +250,21 @@ defmodule Mix.Tasks.Dspex.EvalTest do
   end
 
   describe "what is wrong exits with 2" do
+    test "of standard output", %{tmp_dir: dir} do
+      {:ok, full} = StringIO.open("")
+      {:ok, _} = StringIO.close(full)
+      leader = Process.group_leader()
+
+      for switches <- [[], ["--json"]] do
+        ExUnit.CaptureIO.capture_io(:stderr, fn ->
+          Process.group_leader(self(), full)
+          error = catch_error(Mix.Tasks.Dspex.Eval.run([file(dir) | switches]))
+          Process.group_leader(self(), leader)
+          assert %Mix.Error{mix: 2, message: "standard output: the result could not" <> _} = error
+        end)
+      end
+    end
+
     test "of the file, which the text names", %{tmp_dir: dir} do
       for {path, expected} <- [
             {Path.join(dir, "none.exs"), "could not load"},

@@ -179,6 +179,25 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{status: :unhealthy, failures: 1} = Monitor.force_health_check(monitor)
   end
 
+  test "what is no monitor that runs has the health of one before its first check" do
+    bridge = start_bridge(FakePeer.opts(:echo))
+    unknown = Monitor.get_health_status(start_monitor(:nobody))
+
+    for server <-
+          [nil, 5, "text", :nobody, {:global, :nobody}, {:nobody, :nowhere@invalid}] ++
+            [{:via, NoSuchModule, 1}, self(), spawn(fn -> :ok end), bridge] do
+      assert Monitor.get_health_status(server) == unknown
+      assert Monitor.force_health_check(server) == unknown
+      assert Monitor.reset_stats(server) == :ok
+    end
+  end
+
+  @tag :slow
+  test "a process that never answers keeps no caller for ever" do
+    silent = spawn_link(fn -> Process.sleep(:infinity) end)
+    assert %{status: :unknown} = Monitor.force_health_check(silent)
+  end
+
   test "get_health_status/1 answers while a check runs; who asks for one meanwhile shares it" do
     bridge = start_bridge(FakePeer.opts(:silent))
     monitor = start_monitor(bridge, timeout: 300, max_failures: 100)

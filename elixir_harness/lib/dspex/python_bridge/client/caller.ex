@@ -220,7 +220,8 @@ defmodule DSPex.PythonBridge.Client.Caller do
         here_or_not
     end
   catch
-    :error, {:erpc, _unreachable} -> {:error, Error.not_running(:bridge, server)}
+    # The node cannot be reached, has no such module, or is an older one.
+    _kind, _reason -> {:error, Error.not_running(:bridge, server)}
   end
 
   defp a_pool(server) do
