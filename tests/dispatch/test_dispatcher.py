@@ -217,15 +217,6 @@ def test_equal_ids_in_flight_each_get_a_reply() -> None:
     assert bench.dispatcher._calls == {}
 
 
-def test_a_cancel_reaches_the_second_of_two_with_equal_ids_when_the_first_has_answered() -> None:
-    bench = Bench()
-    bench.feed(work(1, n=1), work(1, hold=True))
-    assert bench.next()["result"] == {"n": 1}
-    assert bench.started.get(timeout=20) == bench.started.get(timeout=20) == 1
-    bench.feed({"cancel": 1})
-    assert bench.next()["error_type"] == "cancelled" and bench.cancelled.get(timeout=20) == 1
-
-
 def test_a_deadline_counts_from_the_receipt() -> None:
     """Not from when the loop takes the call up, as it may be busy: here, an hour later."""
     bench = Bench()
