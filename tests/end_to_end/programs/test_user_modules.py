@@ -121,12 +121,6 @@ class Catches(Shout):
                 open(os.environ["RECORD"], "a").write("ended\\n")
                 raise
 
-class Untold(dspy.Module):
-    def forward(self, question):
-        return "x"
-    def dump_state(self, json_mode=True):
-        raise ValueError("no state")
-
 class Broken(dspy.Module):
     def __init__(self):
         sys.exit(5)
@@ -318,12 +312,3 @@ def test_given_up_code_that_catches_failures_is_ended_all_the_same(start: Any, s
     pinged_until(peer, lambda: record.exists() and record.read_text())
     assert record.read_text() == "ended\n"
     assert len(server.requests) == 1
-
-
-def test_a_state_that_cannot_be_told_is_null_and_the_others_are_told(start: Any) -> None:
-    peer = start()
-    args = {"id": "Untold", "signature": "question -> answer", "program_type": "host:Untold"}
-    assert peer.call("create_program", args)["success"]
-    assert peer.call("create_program", {"id": "qa", "signature": "question -> answer"})["success"]
-    plain, detailed = peer.call("list_programs", {"state": True})["result"]["details"]
-    assert plain["state"] is None and detailed["state"]["demos"] == []

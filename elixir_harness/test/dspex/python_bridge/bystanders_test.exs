@@ -96,7 +96,7 @@ defmodule DSPex.PythonBridge.BystandersTest do
       bridge = start_up(host_opts(dir, opts))
       create(bridge, "slow", "host:Slow")
       create(bridge, "qa", "predict")
-      slow = in_flight(bridge, dir, count, 6)
+      slow = in_flight(bridge, dir, count, 2)
 
       for death <- 1..deaths do
         gone = os_pid(bridge)
@@ -108,16 +108,16 @@ defmodule DSPex.PythonBridge.BystandersTest do
 
       # While the suspects are tried, too.
       for _ <- 1..10, do: assert_quick(fn -> execute(bridge, "qa", "?") end)
-      for answer <- Task.await_many(slow, 60_000), do: assert({:ok, %{"answer" => "6"}} = answer)
+      for answer <- Task.await_many(slow, 60_000), do: assert({:ok, %{"answer" => "2"}} = answer)
     end
 
-    test "once with 20 calls of 6 s, on their last retry", %{tmp_dir: dir} do
-      killed(dir, 1, 20, max_retries: 1)
+    test "once with 5 calls of 2 s, on their last retry", %{tmp_dir: dir} do
+      killed(dir, 1, 5, max_retries: 1)
     end
 
     @tag :slow
     # Past 256, calls are not held, but wait for a slot of the peer.
-    test "three times with 250 calls of 6 s", %{tmp_dir: dir} do
+    test "three times with 250 calls of 2 s", %{tmp_dir: dir} do
       killed(dir, 3, 250, [])
     end
   end
@@ -145,8 +145,8 @@ defmodule DSPex.PythonBridge.BystandersTest do
       end
     end
 
-    test "each time, beside 20 calls of 3 s on their last retry", %{tmp_dir: dir} do
-      deadly(dir, 20, 3, max_retries: 1)
+    test "each time, beside 5 calls of 2 s on their last retry", %{tmp_dir: dir} do
+      deadly(dir, 5, 2, max_retries: 1)
     end
   end
 

@@ -5,6 +5,7 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
+  import DSPex.Test.Telemetry, only: [events: 0]
 
   alias DSPex.PythonBridge.{Bridge, Evaluate, Monitor, Pool, Telemetry}
   alias DSPex.PythonBridge.Telemetry.RunSpan
@@ -119,14 +120,6 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
       assert metric.tags -- Map.keys(tags) == []
       for tag <- metric.tags, do: assert(is_binary(to_string(tags[tag])))
       {Map.take(tags, metric.tags), value}
-    end
-  end
-
-  defp events do
-    receive do
-      {event, measured, metadata} when is_list(event) -> [{event, measured, metadata} | events()]
-    after
-      0 -> []
     end
   end
 end
