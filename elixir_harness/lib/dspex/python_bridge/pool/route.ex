@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
   # that changes. `follow/2` says what a reply means: the result, or that the call is resent, by `next/1` again.
   #
   # A request that took a peer down may take the next one down, too: after `max_retries` more deaths it fails. From the
-  # second death on it stays with the bridge whose peer died of it last, which resends it to its next peer, and finds out
+  # second death on, or with one retry left, it stays with the bridge whose peer died of it last, which resends it to its next peer, and finds out
   # which of such requests kills (`DSPex.PythonBridge.Calls.Suspects`): so one request never has more than two peers down.
 
   alias DSPex.PythonBridge.{Calls, Client, Error, Programs, Telemetry}
@@ -109,7 +109,10 @@ defmodule DSPex.PythonBridge.Pool.Route do
     end
   end
 
-  defp stays?(%__MODULE__{deaths: deaths, bridge: bridge}), do: deaths > 1 and bridge != nil
+  defp stays?(%__MODULE__{deaths: 0}), do: false
+
+  defp stays?(%__MODULE__{deaths: deaths, bridge: bridge, handle: handle}),
+    do: deaths >= min(2, handle.settings.max_retries) and bridge != nil
 
   defp passed(%__MODULE__{passed: []}, :here), do: []
 
