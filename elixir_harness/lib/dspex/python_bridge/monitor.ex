@@ -96,12 +96,19 @@ defmodule DSPex.PythonBridge.Monitor do
   end
 
   defp ask(monitor, question, timeout \\ @question_ms) do
-    with {:error, :unknown_call} <- GenServer.call(monitor, question, timeout),
-         do: Health.report(%Health{})
+    pid = GenServer.whereis(monitor)
+
+    # A process of another kind may end by the question, as a pool would. One of another node cannot be looked at.
+    with true <- not is_pid(pid) or node(pid) != node() or monitor?(pid),
+         answer when answer != {:error, :unknown_call} <- GenServer.call(pid, question, timeout),
+         do: answer,
+         else: (_no_monitor -> Health.report(%Health{}))
   catch
     # Any term may be given as a monitor, and may raise.
     _kind, _not_running -> Health.report(%Health{})
   end
+
+  defp monitor?(pid), do: :proc_lib.translate_initial_call(pid) == {__MODULE__, :init, 1}
 
   @doc """
   The options with their defaults, or the error that names the wrong one.
