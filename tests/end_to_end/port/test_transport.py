@@ -256,21 +256,6 @@ def test_an_owner_that_does_not_read_stops_being_read_from() -> None:
             pass
 
 
-def test_sigterm_ends_a_peer_whose_replies_nobody_reads() -> None:
-    with Peer("--drain-ms", "100") as peer:
-        assert peer.call("ping")["success"]
-        assert peer.process.stdin is not None
-        fd = peer.process.stdin.fileno()
-        os.set_blocking(fd, False)
-        one = frame(json.dumps({"id": "x" * 50_000, "command": "ping"}).encode())
-        with pytest.raises(BlockingIOError):
-            while os.write(fd, one):
-                with pytest.raises(subprocess.TimeoutExpired):
-                    peer.process.wait(0.01)
-        peer.terminate()
-        assert peer.process.wait(PATIENCE) == 0
-
-
 def test_an_interpreter_without_dspys_packages_ends_with_a_line_that_names_them(tmp_path: Path) -> None:
     """The commonest mistake. Else pings would be answered, and everything else end the peer."""
     code = "import sys; sys.path = [path for path in sys.path if 'site-packages' not in path]"

@@ -14,18 +14,7 @@ defmodule DSPex.PythonBridge.BystandersTest do
   @moduletag timeout: 180_000
   @within_ms 1_000
 
-  # Real peers with the modules of tests/fakes/host.py. Unrelated calls are of a program `qa`.
-  defp host_opts(dir, opts) do
-    env = %{
-      "PYTHONPATH" => Path.dirname(fake("host")),
-      "DSPY_BRIDGE_ALLOW_MODULES" => "host",
-      "FAKE_LOG" => Path.join(dir, "log"),
-      "FAKE_FILE" => Path.join(dir, "spoilt")
-    }
-
-    real_opts([env: env] ++ opts)
-  end
-
+  # Unrelated calls are of a program `qa`.
   defp start_up(opts), do: up({Bridge, opts}, & &1)
 
   defp up(child, bridge_of) do
@@ -42,13 +31,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
   defp execute(bridge, id, question, timeout \\ 90_000) do
     args = %{program_id: id, inputs: %{question: question}}
     Bridge.call(bridge, :execute_program, args, timeout)
-  end
-
-  defp noted(dir, name) do
-    case File.read(Path.join(dir, "log")) do
-      {:ok, log} -> log |> String.split("\n") |> Enum.count(&String.starts_with?(&1, name))
-      {:error, :enoent} -> 0
-    end
   end
 
   defp os_pid(bridge), do: Bridge.get_status(bridge).os_pid

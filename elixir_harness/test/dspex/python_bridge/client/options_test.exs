@@ -50,10 +50,11 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
   end
 
   test "the deadline that the peer gets counts from before the encoding", %{echo: bridge} do
-    args = %{a: Enum.to_list(1..100_000)}
-    {us, {:ok, _body}} = :timer.tc(fn -> Protocol.encode_body(:echo, args) end)
-    assert {:ok, %{"timeout_ms" => told}, _} = api().request(bridge, :echo, args, timeout: 60_000)
+    args = %{a: Enum.to_list(1..300_000)}
+    encode = fn -> {:ok, _body} = Protocol.encode_body(:echo, args) end
     # Each encoding takes another time on a busy machine.
+    us = Enum.min(for _ <- 1..3, do: elem(:timer.tc(encode), 0))
+    assert {:ok, %{"timeout_ms" => told}, _} = api().request(bridge, :echo, args, timeout: 60_000)
     assert told < 60_000 - us / 4_000
   end
 
