@@ -147,7 +147,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   end
 
   def read({:error, {:too_large, size, limit}}) do
-    text = "the request has #{size} bytes; max_frame_bytes is #{limit}"
+    text =
+      "the request has #{size} bytes; max_frame_bytes is #{limit}, 64 of which are for its head"
+
     {:error, Error.new(:frame_too_large, text)}
   end
 

@@ -78,6 +78,15 @@ defmodule DSPex.PythonBridge.CallsTest do
     end
   end
 
+  test "a replacement is no death, nor is the end of a peer that something else caused",
+       context do
+    for {how, deaths} <- [died: 1, replaced: 0, spared: 0] do
+      {_ref, in_flight} = accept(context.in_flight)
+      in_flight = Dispatcher.lost(in_flight, context.first, how)
+      assert {how, in_flight.calls[1].deaths} == {how, deaths}
+    end
+  end
+
   describe "tools" do
     test "are called for the peer that has the call", %{first: first, second: second} = context do
       {ref, in_flight} = accept(context.in_flight)

@@ -30,6 +30,19 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
     assert error.message =~ "metrics/0 needs Telemetry.Metrics: add {:telemetry_metrics"
   end
 
+  test "the durations of LMs and tools are of calls that were made, not of remembered answers" do
+    install()
+
+    for {event, measured, not_measured} <- [
+          {[:lm, :stop], %{cached: false}, %{cached: true}},
+          {[:tool, :stop], %{remembered?: false}, %{remembered?: true}}
+        ] do
+      name = [:dspex | event] ++ [:duration]
+      assert %{keep: keep} = Enum.find(Telemetry.metrics(), &(&1.name == name))
+      assert {keep.(measured), keep.(not_measured)} == {true, false}
+    end
+  end
+
   @tag timeout: 120_000
   test "each has what it measures and its tags in the events that it is of" do
     install()
