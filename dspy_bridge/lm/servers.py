@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 from dspy_bridge.errors import InvalidArgs
@@ -44,7 +43,7 @@ def places(options: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_ignored_address(options: dict[str, Any], where: str) -> None:
     """Raises `InvalidArgs` if the LM would be asked past its `api_base`, or the peer's by its name."""
-    if re.search(r"https?://", options["model"]):
+    if "http://" in options["model"] or "https://" in options["model"]:
         raise InvalidArgs(f"{where}.model: it has an address; expected the name alone, and the address as api_base")
     given = places(options)
     if ADDRESSES[0] not in given:

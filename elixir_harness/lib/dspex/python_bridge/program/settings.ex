@@ -85,14 +85,11 @@ defmodule DSPex.PythonBridge.Program.Settings do
   defp enum!({:enum, _values, _terms, dumps} = type, value, where) do
     value = Map.get(dumps, value, value)
 
-    with {:error, text} <- Cast.cast(Payload.string(value) || value, type, where),
-         do: throw_refusal(text)
+    with {:error, text} <- Cast.cast(Payload.string(value) || value, type, where) do
+      [where, text] = String.split(text, ": ", parts: 2)
+      refuse(where, text)
+    end
   end
 
   defp enum!(_type, _value, _where), do: :ok
-
-  defp throw_refusal(text) do
-    [where, text] = String.split(text, ": ", parts: 2)
-    refuse(where, text)
-  end
 end
