@@ -18,8 +18,12 @@ defmodule Sim.Faults do
     World.in_ms(-mean_ms * :math.log(1 - :rand.uniform()), fn ->
       if World.fact(:load) do
         kind = Enum.random(options.kinds)
-        World.count({:fault, kind})
-        fault(kind, options)
+        # Between two that are replaced one node may be alone.
+        unless kind in [:link, :silence, :split] and length(Net.nodes()) < 2 do
+          World.count({:fault, kind})
+          fault(kind, options)
+        end
+
         start(mean_ms, options)
       end
     end)
