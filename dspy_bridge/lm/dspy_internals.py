@@ -202,12 +202,6 @@ PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
 ROUTE = Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request")
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
 
-CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "self", "request")
-
-# Where each LM call ends, with what is known of it.
-_UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not refused"
-FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
-
 # Streams.
 _WHOLE = "streamed fields come in one piece"
 SEND_STREAM = Name("dspy:settings.send_stream", _WHOLE)
@@ -215,11 +209,6 @@ STREAM_LISTENERS = Name("dspy:settings.stream_listeners", _WHOLE)
 ADAPTER_CALLS = Name(
     "dspy.clients.call_context:_adapter_calls", "a streamed answer that cannot be read is not asked for again"
 )
-
-# Counts of tokens.
-_UNCOUNTED = "`meta` has no token counts and no cache hits"
-USAGE_TRACKER = Name("dspy.utils.usage_tracker:UsageTracker", _UNCOUNTED)
-USAGE_SETTING = Name("dspy:settings.usage_tracker", _UNCOUNTED)
 
 # Programs.
 CALLER_MODULES = Name("dspy:settings.caller_modules", "offline/echo calls no tools in a ReAct")

@@ -71,8 +71,8 @@ class LMs:
 
     def _configure(self, settings: Settings) -> None:
         answer_cache.configure(disk_cache=settings.disk_cache, entries=settings.cache_entries)
-        # History and trace keep thousands of prompts; the type warnings quote inputs in the log.
-        dspy.configure(disable_history=True, max_history_size=0, trace=None, warn_on_type_mismatch=False)
+        # The trace keeps thousands of prompts; the type warnings quote inputs in the log. For history see `endings`.
+        dspy.configure(disable_history=False, trace=None, warn_on_type_mismatch=False)
         if settings.adapter is not None:
             dspy.configure(adapter=_ADAPTERS[settings.adapter]())
         if settings.lm is not None:

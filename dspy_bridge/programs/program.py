@@ -235,7 +235,7 @@ def _metered(run: lm_call.RunContext) -> Iterator[None]:
         yield
         return
     try:
-        with dspy.context(**run.meter.settings()):
+        with dspy.context(callbacks=[*dspy.settings.callbacks, run.meter]):
             yield
     finally:
         run.meter = None  # it has the run's LM calls, and they the run: a cycle would keep its inputs for long

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_server import Ended
 from peer import ROOT, Peer
 from taken_names import NAMES, without
 from tls_proxy import TLSProxy
@@ -108,27 +107,6 @@ def test_without_any_name_an_lm_is_asked(start: Callable[..., Peer], start_lm: A
     traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
     result, _ = run(peer, "qa", stream=True, traceparent=traceparent)
     assert result == {"answer": "Paris"} and len(server.requests) == 1
-
-
-@pytest.mark.parametrize("how", ["gone", "called"])
-def test_without_the_place_where_calls_end_answers_are_taken_as_they_are(
-    start: Callable[..., Peer], start_lm: Any, how: str
-) -> None:
-    """How they ended is null in meta, and what they cost. Tokens are counted still, and the history has the calls."""
-    server = start_lm(Ended("[[ ## answer ## ]]\nhalf"))
-    name = dspy_internals.FINALIZE
-    peer = start([name], how)
-    lm = {"model": "openai/gpt-4o-mini", **server.options()}
-    assert peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": lm})["success"]
-    reply = peer.call("execute_program", {"program_id": "qa", **ASK}, history=True)
-    assert reply["result"] == {"answer": "half"}
-    meta = reply["meta"]
-    assert (meta["finish_reasons"], meta["cost_usd"], meta["fallbacks"]) == ([None], None, 0)
-    assert meta["lm_usage"]["openai/gpt-4o-mini"]["completion_tokens"] == 7
-    (entry,) = meta["history"]
-    assert entry["outputs"] == ["[[ ## answer ## ]]\nhalf"] and entry["usage"]["completion_tokens"] == 7
-    assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
-    assert "cut-off answers are not refused" in peer.finish()[2]
 
 
 @pytest.mark.slow
