@@ -120,29 +120,9 @@ def silence_attempts() -> None:
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
 ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
-CONNECT_FAILURES = [
-    Name(f"dspy._vendor.lm15.transports:{error}", "an LM that cannot be reached is tried for longer")
-    for error in ("ConnectError", "ConnectTimeout")
-]
-LITELLM_LEGACY, ASYNC_LITELLM_LEGACY = (
-    Name(f"dspy.clients.engines:{engine}.complete_legacy", _OUTGOING, "self", "lm", "request")
-    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
-)
 LITELLM_ENGINE, ASYNC_LITELLM_ENGINE = (
-    Name(f"dspy.clients.engines:{engine}.complete", _OUTGOING, "self", "request")
-    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+    Name(f"dspy.clients.execution:{engine}", _OUTGOING) for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
 )
-_IMPORT = "the import of LiteLLM may hold up other calls"
-ASYNC_LITELLM_STREAM = Name("dspy.clients.engines:AsyncLiteLLMEngine.stream", _IMPORT, "self", "request")
-GET_LITELLM = Name("dspy.clients._litellm:get_litellm", _IMPORT, "feature")
-# By library: of its client and of its async client.
-HTTP_SENDS = {
-    library: tuple(
-        Name(f"{library}:{client}.send", _OUTGOING, "self", "request", lazy=True)
-        for client in ("Client", "AsyncClient")
-    )
-    for library in ("httpx", "httpx2")
-}
 # See `transport/routes`.
 LITELLM_PROVIDER = Name(
     "litellm:get_llm_provider",

@@ -32,6 +32,8 @@ most = 32 * 1024 * 1024
 _FIRST_DELAY = 0.1
 # A transport may take a timeout of 0 for none.
 _SHORTEST = 0.001
+# What DSPy's transports and LiteLLM's clients raise if there is no connection.
+_NO_CONNECTION = ("ConnectError", "ConnectTimeout")
 T = TypeVar("T")
 
 
@@ -63,19 +65,19 @@ def not_redirected(status: int, location: str | None) -> None:
         raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
 
 
-async def connect(
-    attempt: Callable[[float], Awaitable[T]], target: Target, url: str, failures: tuple[type[Exception], ...]
-) -> T:
+async def connect(attempt: Callable[[float], Awaitable[T]], target: Target, url: str) -> T:
     """What `attempt(seconds)` returns, which may take so long to connect. Raises `LMUnreachable` with host and port.
 
-    `failures`: what it raises if there is no connection. A server that is just being started may refuse at first, so
-    attempts that fail at once are repeated, within the target's `connect_timeout`; DSPy would try for 7 to 13 s.
+    A server that is just being started may refuse at first, so attempts that fail at once are repeated, within the
+    target's `connect_timeout`; DSPy would try for 7 to 13 s.
     """
     end, delay = time.monotonic() + target.connect_timeout, _FIRST_DELAY
     while True:
         try:
             return await attempt(max(end - time.monotonic(), _SHORTEST))
-        except failures as error:
+        except Exception as error:
+            if type(error).__name__ not in _NO_CONNECTION:
+                raise
             if not target.retries or time.monotonic() + delay >= end:
                 parts = urlsplit(url)
                 port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -92,8 +94,6 @@ def install() -> None:
 
 
 def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
-    failures = tuple(name.value for name in dspy_internals.CONNECT_FAILURES if name.there)
-
     @functools.wraps(stream)
     @asynccontextmanager
     async def send(self: Any, request: Any) -> AsyncIterator[Any]:
@@ -107,7 +107,7 @@ def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
                     timed = dataclasses.replace(request, connect_timeout=seconds)
                     return await stack.enter_async_context(stream(self, timed))
 
-                response = await connect(attempt, target, request.url, failures)
+                response = await connect(attempt, target, request.url)
             received = admission.answered(response.status, response.header)
             not_redirected(response.status, response.header("location"))
 

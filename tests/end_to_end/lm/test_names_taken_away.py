@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +20,6 @@ GROUPS: dict[str, list[dspy_internals.Name]] = {}
 for _name in NAMES:
     _owner = _name.dotted.rpartition(".")[0]
     GROUPS.setdefault(_owner if _name.of_instances else _name.dotted, []).append(_name)
-# Below LiteLLM.
-LAZY = [
-    name
-    for name in dspy_internals.names
-    if name.module in dspy_internals.HTTP_SENDS and importlib.util.find_spec(name.module)
-]
 GONE_ALREADY = sorted(name.dotted for name in dspy_internals.names if not name.lazy and not name.there)
 ASK = {"inputs": {"question": "Why?"}}
 TOOL = {"name": "look", "args": {"query": {"type": "str"}}}
@@ -113,19 +106,6 @@ def test_without_any_name_an_lm_is_asked(start: Callable[..., Peer], start_lm: A
 @pytest.mark.parametrize("taken", GROUPS.values(), ids=GROUPS)
 def test_without_one_name_plain_programs_work(start: Callable[..., Peer], taken: list[dspy_internals.Name]) -> None:
     all_work(start(taken), taken)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAZY, ids=lambda name: name.dotted)
-def test_without_a_name_below_litellm_an_lm_is_asked_by_it(
-    start: Callable[..., Peer], start_lm: Any, name: dspy_internals.Name
-) -> None:
-    peer = start([name])
-    lm = {"model": "openai/stub", "extra_headers": {"X-Way": "litellm"}, **start_lm().options()}
-    assert peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": lm})["success"]
-    assert run(peer, "qa")[0] == {"answer": "Paris"}
-    assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
-    assert len(WARNING.findall(peer.finish()[2])) == (2 if GONE_ALREADY else 1)
 
 
 @pytest.mark.slow
