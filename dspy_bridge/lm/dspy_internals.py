@@ -132,20 +132,14 @@ LITELLM_PROVIDER = Name(
 )
 
 # How answers are read.
-_REPAIR = "an LM's broken JSON may hold up other calls"
-JSON_REPAIR = Name("json_repair:loads", _REPAIR, "json_str")
-JSON_PARSE = Name("dspy:JSONAdapter.parse", _REPAIR, "self", "signature", "completion")
 JSON_FALLBACK = Name(
     "dspy:ChatAdapter._make_json_adapter_fallback",
     "second answers, in JSON, are not checked for contradictions",
     "self",
 )
-OPEN_MAPS = Name(
-    "dspy.adapters.json_adapter:_has_open_ended_mapping", "maps inside other types may come back empty", "signature"
-)
 RESPONSE_FORMAT = Name(
     "dspy:JSONAdapter._prepare_response_format",
-    "answers without a schema are not among the `fallbacks` of `meta`",
+    "maps inside other types may come back empty, and answers without a schema are no `fallbacks` of `meta`",
     "self",
     "lm",
     "lm_kwargs",
@@ -192,7 +186,6 @@ ADAPTER_CALLS = Name(
 
 # Programs.
 CALLER_MODULES = Name("dspy:settings.caller_modules", "offline/echo calls no tools in a ReAct")
-DEPENDENCY_VERSIONS = Name("dspy.utils.saving:get_dependency_versions", "saved states have no versions")
 TOOL_SCHEMAS = Name(
     "dspy.adapters.types.tool:convert_input_schema_to_tool_args", "schemas of tool arguments keep references", "schema"
 )

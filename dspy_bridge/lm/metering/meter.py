@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -16,8 +15,6 @@ from dspy_bridge.lm.metering import history, lm_events
 from dspy_bridge.lm.metering.history import History
 
 _NUMBERS = (int, float)
-# The `response_format` of an LM call that any JSON object answers.
-_PLAIN_JSON = {"type": "json_object"}
 
 
 class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
@@ -114,7 +111,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
 def install() -> None:
     """Count the fallbacks of this process's adapters. Those of `guarded_adapters` call `in_json` themselves."""
     dspy_internals.JSON_FALLBACK.wrap(lambda _fallback: in_json)
-    dspy_internals.RESPONSE_FORMAT.wrap(_watch_format)
 
 
 def in_json(adapter: Any) -> dspy.Adapter:
@@ -122,19 +118,6 @@ def in_json(adapter: Any) -> dspy.Adapter:
     if (meter := lm_call.run().meter) is not None:
         meter.fell_back()
     return dspy_internals.JSON_FALLBACK.value(adapter)
-
-
-def _watch_format(choose: Any) -> Any:
-    """DSPy chooses plain JSON for types that providers refuse in a schema."""
-
-    @functools.wraps(choose)
-    def watched(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
-        choose(adapter, lm, lm_kwargs, signature)
-        meter = lm_call.run().meter
-        if meter is not None and lm_kwargs.get("response_format") == _PLAIN_JSON and lm.supports_response_schema:
-            meter.fell_back()
-
-    return watched
 
 
 def _messages(inputs: dict[str, Any]) -> Any:
