@@ -22,15 +22,12 @@ from dspy_bridge.logs import peer_log
 class Name:
     """A name that may be gone: `module:attribute.attribute`."""
 
-    def __init__(self, path: str, without: str, *takes: str, of_instances: bool = False, lazy: bool = False) -> None:
-        """`takes`: the first parameters of a function; `of_instances`: an attribute that a class's `__init__` sets;
-        `lazy`: its library is imported late, so `check` leaves it out."""
+    def __init__(self, path: str, without: str, *takes: str) -> None:
+        """`takes`: the first parameters of a function."""
         self.module, _, self.path = path.partition(":")
         self.dotted = path.replace(":", ".")
         self.without = without
         self.takes = takes
-        self.of_instances = of_instances
-        self.lazy = lazy
         self._wrapped = False
         names.append(self)
 
@@ -38,19 +35,12 @@ class Name:
     def value(self) -> Any:
         """What has this name; None if nothing has, or something that is called in another way."""
         try:
-            if self.of_instances:
-                made = inspect.unwrap(self._find(self.path.rpartition(".")[0]).__init__).__code__
-                if self.attribute in made.co_names:
-                    return self.attribute
-            else:
-                found = self._find(self.path)
-                if not self.takes or tuple(inspect.signature(found).parameters)[: len(self.takes)] == self.takes:
-                    return found
+            found = self._find(self.path)
+            if not self.takes or tuple(inspect.signature(found).parameters)[: len(self.takes)] == self.takes:
+                return found
         except (AttributeError, ImportError, TypeError, ValueError):
             pass
         degraded.append(self.dotted)
-        if self.lazy:
-            _warn([self])
         return None
 
     @property
@@ -83,15 +73,12 @@ degraded: list[str] = []
 
 def check() -> None:
     """Look up all names; one warning says which are gone, and what is off without them."""
-    gone = [name for name in names if not name.lazy and not name.there]
-    if gone:
-        _warn(gone)
-
-
-def _warn(gone: list[Name]) -> None:
     losses: dict[str, list[str]] = {}
-    for name in gone:
-        losses.setdefault(name.without, []).append(name.dotted)
+    for name in names:
+        if not name.there:
+            losses.setdefault(name.without, []).append(name.dotted)
+    if not losses:
+        return
     lost = "; ".join(f"{without} ({', '.join(found)})" for without, found in losses.items())
     peer_log.logger.warning("names inside DSPy %s are not as expected: %s", dspy.__version__, lost)
 
@@ -120,17 +107,10 @@ def silence_attempts() -> None:
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
 ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
+CONNECTIONS = Name("dspy.lm15:RouterConfig.transport_kwargs", "past 100 calls at once an LM's calls wait", "self")
 LITELLM_ENGINE, ASYNC_LITELLM_ENGINE = (
     Name(f"dspy.clients.execution:{engine}", _OUTGOING) for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
 )
-# See `transport/routes`.
-LITELLM_PROVIDER = Name(
-    "litellm:get_llm_provider",
-    "an LM without its provider in its name is refused where LiteLLM would send it the peer's key",
-    "model",
-    lazy=True,
-)
-
 # How answers are read.
 JSON_FALLBACK = Name(
     "dspy:ChatAdapter._make_json_adapter_fallback",
@@ -188,9 +168,6 @@ ADAPTER_CALLS = Name(
 CALLER_MODULES = Name("dspy:settings.caller_modules", "offline/echo calls no tools in a ReAct")
 TOOL_SCHEMAS = Name(
     "dspy.adapters.types.tool:convert_input_schema_to_tool_args", "schemas of tool arguments keep references", "schema"
-)
-SANDBOX_PROCESS = Name(
-    "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
 
 # Optimizers and batches: see `event_loop_lm`.

@@ -12,7 +12,7 @@ import dspy
 from dspy_bridge.caller import Caller
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import dspy_errors, lm_pool
+from dspy_bridge.lm import dspy_errors
 from dspy_bridge.lm.offline import offline_lm
 from dspy_bridge.optimizing import optimizers, student
 from dspy_bridge.optimizing.arguments import Optimize
@@ -91,11 +91,8 @@ class _Job:
         with self._program.optimizing(lm, run, run.call):
             # In the context: it has the settings.
             work = loop.create_task(threads.run(self._optimize))
-            lms = [dspy.settings.lm, *self._lms.values()]
         # If the run ends, nobody reads how its thread did.
         work.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # Now, and not when garbage is collected.
-        work.add_done_callback(lambda _: lm_pool.close_own(lms))
         ends = (work, asyncio.wrap_future(run.ending))
         try:
             done, _ = await asyncio.wait(ends, timeout=self._given.budget.seconds, return_when=asyncio.FIRST_COMPLETED)

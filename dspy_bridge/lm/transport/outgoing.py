@@ -28,6 +28,8 @@ from dspy_bridge.lm.transport import admission
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
+# Of an LM to its server: `max_in_flight` bounds them. By default there are 100, and further calls wait.
+_CONNECTIONS = 100_000
 # Between attempts to connect, in seconds. Each further delay is twice as long.
 _FIRST_DELAY = 0.1
 # A transport may take a timeout of 0 for none.
@@ -89,6 +91,7 @@ async def connect(attempt: Callable[[float], Awaitable[T]], target: Target, url:
 
 def install() -> None:
     """Wrap them, once in a process."""
+    dspy_internals.CONNECTIONS.wrap(lambda options: lambda config: {"max_connections": _CONNECTIONS, **options(config)})
     dspy_internals.TRANSPORT.wrap(_sending)
     dspy_internals.ASYNC_TRANSPORT.wrap(_sending_async)
 

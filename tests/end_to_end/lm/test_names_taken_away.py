@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,16 +10,10 @@ from typing import Any
 import pytest
 from peer import ROOT, Peer
 from taken_names import NAMES, without
-from tls_proxy import TLSProxy
 
 from dspy_bridge.lm import dspy_internals
 
-# Some cannot go alone: those that one `__init__` sets.
-GROUPS: dict[str, list[dspy_internals.Name]] = {}
-for _name in NAMES:
-    _owner = _name.dotted.rpartition(".")[0]
-    GROUPS.setdefault(_owner if _name.of_instances else _name.dotted, []).append(_name)
-GONE_ALREADY = sorted(name.dotted for name in dspy_internals.names if not name.lazy and not name.there)
+GONE_ALREADY = sorted(name.dotted for name in dspy_internals.names if not name.there)
 ASK = {"inputs": {"question": "Why?"}}
 TOOL = {"name": "look", "args": {"query": {"type": "str"}}}
 WARNING = re.compile(r"WARNING dspy_bridge: names inside DSPy \S+ are not as expected: .*")
@@ -103,25 +96,9 @@ def test_without_any_name_an_lm_is_asked(start: Callable[..., Peer], start_lm: A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("taken", GROUPS.values(), ids=GROUPS)
-def test_without_one_name_plain_programs_work(start: Callable[..., Peer], taken: list[dspy_internals.Name]) -> None:
-    all_work(start(taken), taken)
-
-
-@pytest.mark.slow
-def test_without_litellms_answer_the_peers_key_goes_by_names_with_a_provider_alone(tmp_path: Path) -> None:
-    proxy = TLSProxy()
-    options = {"api_key": "sk-of-the-peer-1", "extra_headers": {"X-Team": "1"}, "num_retries": 0, "cache": False}
-    env = {"DSPY_BRIDGE_LM": "openai/gpt-4o", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(options), **proxy.env}
-    with Peer(env={**env, **without([dspy_internals.LITELLM_PROVIDER], "gone", tmp_path)}) as peer:
-        for name, count in (("openai/gpt-4.1", 1), ("gpt-4.1", 0)):
-            peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": name})
-            reply = peer.call("execute_program", {"program_id": "qa", **ASK})
-            assert reply["error_type"] == "lm_error" and len(proxy.sent) == count, (name, reply)
-            assert all("sk-of-the-peer-1" in request.text for request in proxy.sent)
-            proxy.sent.clear()
-        assert dspy_internals.LITELLM_PROVIDER.dotted in peer.call("get_stats")["result"]["degraded"]
-    proxy.stop()
+@pytest.mark.parametrize("taken", NAMES, ids=lambda name: name.dotted)
+def test_without_one_name_plain_programs_work(start: Callable[..., Peer], taken: dspy_internals.Name) -> None:
+    all_work(start([taken]), [taken])
 
 
 def test_a_dspy_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:
