@@ -142,9 +142,8 @@ def _watch_clients(library: str) -> None:
     class Body(httpx.SyncByteStream, httpx.AsyncByteStream):  # type: ignore[misc]
         """A response's body, whose bytes are counted."""
 
-        def __init__(self, stream: Any, received: Callable[[], None], call: LMCall) -> None:
-            self._stream, self._received, self._call = stream, received, call
-            self._count = outgoing.Count()
+        def __init__(self, stream: Any, answer: outgoing.Answer, call: LMCall) -> None:
+            self._stream, self._answer, self._call = stream, answer, call
 
         def __iter__(self) -> Iterator[bytes]:
             return map(self._counted, self._stream)
@@ -154,10 +153,8 @@ def _watch_clients(library: str) -> None:
                 yield self._counted(chunk)
 
         def _counted(self, chunk: bytes) -> bytes:
-            self._received()
             with _noted(self._call):
-                self._count.add(chunk)
-            return chunk
+                return self._answer.piece(chunk)
 
         def close(self) -> None:
             self._stream.close()
@@ -197,10 +194,8 @@ def _guarded_call(client: Any, request: Any, options: dict[str, Any]) -> LMCall 
 
 
 def _check(body: Any, response: Any, request: Any, call: LMCall) -> None:
-    received = admission.answered(response.status_code, response.headers.get)
-    if _is_private(request):
-        outgoing.not_redirected(response.status_code, response.headers.get("location"))
-    response.stream = body(response.stream, received, call)
+    answer = outgoing.Answer(response.status_code, response.headers.get, private=_is_private(request))
+    response.stream = body(response.stream, answer, call)
 
 
 def _sending(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,16 +206,14 @@ def _sending(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
             return await send(self, request, **options)
         stream = options.pop("stream", False)
 
-        async def attempt(seconds: float) -> Any:
-            timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
-            request.extensions = {**request.extensions, "timeout": timeouts}
+        async def attempt(seconds: float | None) -> Any:
+            if seconds is not None:
+                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+                request.extensions = {**request.extensions, "timeout": timeouts}
             return await send(self, request, stream=True, **options)
 
         with _noted(call):
-            if call.target is None:
-                response = await send(self, request, stream=True, **options)
-            else:
-                response = await outgoing.connect(attempt, call.target, str(request.url))
+            response = await outgoing.connect(attempt, call.target, str(request.url))
             try:
                 _check(body, response, request, call)
                 if not stream:
