@@ -142,18 +142,19 @@ RESPONSE_MODEL = Name(
 FORMAT_TRAJECTORY = Name("dspy:ReAct._format_trajectory", _ANEW, "self", "trajectory")
 
 # What DSPy looks up for each LM call: see `transport/routes`.
-_LOOKUPS = "LM calls are slower"
-RESOLVE = Name("dspy.clients.capabilities:resolve", _LOOKUPS, "lm")
-OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _LOOKUPS, "config", "model_type")
+_SLOWER = "LM calls are slower"
+OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _SLOWER, "config", "model_type")
 SELECT_BACKEND = Name("dspy.clients.backend_selection:select_backend", "LiteLLM is imported by its first call", "lm")
-PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _LOOKUPS)
+PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _SLOWER)
 
 # What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.
-_SLOWER = "LM calls are slower"
 _EXECUTION = "dspy.clients.execution"
-PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
-PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
-ROUTE = Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request")
+# Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
+STEPS = [
+    Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt"),
+    Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result"),
+    Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request"),
+]
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
 
 # Streams.

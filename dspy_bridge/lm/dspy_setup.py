@@ -24,7 +24,7 @@ if not hasattr(dspy, "lm15"):
 
 from dspy_bridge.lm import answer_cache, dspy_internals, event_loop_lm, lm_call, lm_factory, lm_options, main_loop
 from dspy_bridge.lm.adapters import built_once, guarded_adapters, json_answers
-from dspy_bridge.lm.metering import endings, meter
+from dspy_bridge.lm.metering import endings
 from dspy_bridge.lm.offline import offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
@@ -55,11 +55,9 @@ class LMs:
         event_loop_lm.watch_executors()
         routes.install()
         endings.install()
-        meter.install()
-        # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
-        steps = [dspy_internals.PREPARE, dspy_internals.ROUTE, dspy_internals.PRICE_RESULT]
+        guarded_adapters.install()
         # A cache on disk is waited for.
-        steps += dspy_internals.CACHE_STEPS if settings.disk_cache is None else []
+        steps = dspy_internals.STEPS + (dspy_internals.CACHE_STEPS if settings.disk_cache is None else [])
         inline_executor.allow(step.value for step in steps if step.there)
         redaction.learn_environment()
         redaction.learn(settings.lm_options, for_good=True)

@@ -57,11 +57,6 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         # In a thread that a module started without its context.
         return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `dspy.LM`'s; `__call__` does not come here."""
-        event_loop.refuse_sync_call()
-        return super().forward(*args, **kwargs)
-
     supports_function_calling = _support("function_calling")
     supports_reasoning = _support("reasoning")
     supports_response_schema = _support("response_schema")

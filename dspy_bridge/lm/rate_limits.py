@@ -62,16 +62,12 @@ class Ticket:
 
     __slots__ = ("deadline", "lane", "running", "settle")
 
-    def __init__(self, lane: Lane, deadline: float | None) -> None:
+    def __init__(self, lane: Lane, deadline: float | None, settle: Callable[[Overloaded | None], object]) -> None:
         """`deadline`: in seconds of the gate's clock; None for none."""
         self.lane = lane
         self.deadline = deadline
-        self.settle: Callable[[Overloaded | None], object] = _nothing
+        self.settle = settle
         self.running = False
-
-
-def _nothing(_refusal: Overloaded | None) -> None:
-    pass
 
 
 class Lane:
@@ -135,9 +131,10 @@ class Gate:
         return found
 
     def enter(self, ticket: Ticket) -> None:
-        """Take a place at the end of its lane. Raises `Overloaded` if the wait would go past the deadline."""
+        """Take a place at the end of its lane, unless the wait would go past the deadline."""
         if (refusal := self._refusal(ticket, len(ticket.lane.waiting))) is not None:
-            raise refusal
+            ticket.settle(refusal)
+            return
         # Its lane may have been forgotten, and another LM may have made it anew.
         ticket.lane = self._lanes.setdefault(ticket.lane.limits, ticket.lane)
         ticket.lane.waiting[ticket] = None

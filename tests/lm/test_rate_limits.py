@@ -26,10 +26,7 @@ class World:
     def ask(self, lane: Lane, within: float | None = None) -> Waiter:
         waiter = Waiter(self, lane, None if within is None else self.now + within)
         self.waiters.append(waiter)
-        try:
-            self.gate.enter(waiter.ticket)
-        except Overloaded as error:
-            waiter.settle(error)
+        self.gate.enter(waiter.ticket)
         self.gate.advance()
         return waiter
 
@@ -55,8 +52,7 @@ class World:
 class Waiter:
     def __init__(self, world: World, lane: Lane, deadline: float | None) -> None:
         self.world, self.lane = world, lane
-        self.ticket = Ticket(lane, deadline)
-        self.ticket.settle = self.settle
+        self.ticket = Ticket(lane, deadline, self.settle)
         self.state = "waiting"
         self.text = ""
 

@@ -18,9 +18,8 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import OutputInvalid
-from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.adapters import built_once, corrections, field_markers, json_answers
-from dspy_bridge.lm.metering import meter
 from dspy_bridge.runtime import event_loop
 
 Signature = type[dspy.Signature]
@@ -162,20 +161,26 @@ class JSONAdapter(_Guarded, dspy.JSONAdapter):  # type: ignore[misc]
         return super()._read(signature, json_answers.object_in(completion))
 
 
-def _guarded_fallback(self: Any) -> dspy.Adapter:
-    """Called by DSPy where it handles an error of `parse`."""
-    return guarded(meter.in_json(self), strict=self.strict)
-
-
-if dspy_internals.JSON_FALLBACK.there:
-    setattr(_Guarded, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
-
-
 GUARDED: dict[type, Any] = {
     dspy.ChatAdapter: ChatAdapter,
     dspy.JSONAdapter: JSONAdapter,
     dspy.XMLAdapter: XMLAdapter,
 }
+
+
+def install() -> None:
+    """Guard and count the adapters that DSPy goes on to where an answer could not be read. Once in a process."""
+    dspy_internals.JSON_FALLBACK.wrap(_in_json)
+
+
+def _in_json(fallback: Any) -> Any:
+    def in_json(adapter: Any) -> dspy.Adapter:
+        if (meter := lm_call.run().meter) is not None:
+            meter.fell_back()
+        made = fallback(adapter)
+        return guarded(made, strict=adapter.strict) if isinstance(adapter, _Guarded) else made
+
+    return in_json
 
 
 def _refuse_contradictions(fields: Collection[str], sections: Iterable[tuple[str, Any]]) -> None:

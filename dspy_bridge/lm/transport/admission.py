@@ -10,6 +10,7 @@ import contextvars
 import functools
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -36,10 +37,12 @@ async def admitted() -> AsyncIterator[None]:
     call.run.request()
     ticket, gate = None, call.target.lane.gate
     if gate.watched:
-        ticket = Ticket(call.target.lane, call.run.deadline)
+        gone: Future[None] = Future()
+        ticket = Ticket(call.target.lane, call.run.deadline, functools.partial(_settle, gone))
         call.begin_wait()
+        main_loop.call(_change, gate, gate.enter, ticket)
         try:
-            await main_loop.run(_enter(ticket))
+            await asyncio.wrap_future(gone)
         except BaseException as error:
             # Cancelled on another loop it may have its place by now.
             main_loop.call(_change, gate, gate.leave, ticket)
@@ -56,17 +59,9 @@ async def admitted() -> AsyncIterator[None]:
             main_loop.call(_change, gate, gate.leave, ticket)
 
 
-async def _enter(ticket: Ticket) -> None:
-    gone = asyncio.get_running_loop().create_future()
-
-    def settle(refusal: Overloaded | None) -> None:
-        if not gone.done():
-            gone.set_result(None) if refusal is None else gone.set_exception(refusal)
-
-    ticket.settle = settle
-    gate = ticket.lane.gate
-    _change(gate, gate.enter, ticket)
-    await gone
+def _settle(gone: Future[None], refusal: Overloaded | None) -> None:
+    if gone.set_running_or_notify_cancel():
+        gone.set_result(None) if refusal is None else gone.set_exception(refusal)
 
 
 def _change(gate: Gate, change: Callable[..., None], *args: Any) -> None:
