@@ -42,13 +42,11 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         return self
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        """As `dspy.LM`'s."""
         async with lm_call.run().slot() or nullcontext():
             with lm_call.of(self.target):
                 return await super().acall(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `dspy.LM`'s."""
         event_loop.refuse_sync_call()
         call = self.acall(*args, **kwargs)
         job, loop = lm_call.job(), main_loop.get()

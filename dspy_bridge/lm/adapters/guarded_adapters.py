@@ -19,12 +19,14 @@ import pydantic
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals, lm_call
-from dspy_bridge.lm.adapters import built_once, corrections, field_markers, json_answers
+from dspy_bridge.lm.adapters import corrections, field_markers, json_answers
 from dspy_bridge.runtime import event_loop
 
 Signature = type[dspy.Signature]
 
-_system_messages = built_once.PerSignature()
+# By adapter and signature: they depend on nothing else.
+_system_messages: dict[Any, Any] = {}
+_MOST_KEPT = 1_000
 
 # Large, and not text in a prompt.
 _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
@@ -98,9 +100,12 @@ class _Guarded:
         return corrections.add_to(messages, type(self), signature)
 
     def format_system_message(self, signature: Signature) -> Any:
-        # It depends on nothing else.
-        make = super().format_system_message  # type: ignore[misc]
-        return _system_messages.get(signature, type(self), lambda: make(signature))
+        key = type(self), signature, signature.instructions
+        if key not in _system_messages:
+            if len(_system_messages) >= _MOST_KEPT:
+                _system_messages.clear()
+            _system_messages[key] = super().format_system_message(signature)  # type: ignore[misc]
+        return _system_messages[key]
 
     def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
         clean = functools.partial(self._clean_input, signature)
