@@ -18,7 +18,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import OutputInvalid
-from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm import dspy_internals, lm_call, prompts
 from dspy_bridge.lm.adapters import corrections, field_markers, json_answers
 from dspy_bridge.runtime import event_loop
 
@@ -40,20 +40,6 @@ def guarded(adapter: dspy.Adapter, *, strict: bool) -> dspy.Adapter:
     made = kind.__new__(kind)
     made.__dict__.update(adapter.__dict__, strict=strict)
     return made
-
-
-class _Formatted(str):
-    """Text that an adapter made of fields (a ReAct's trajectory): its markers are the adapter's own."""
-
-    __slots__ = ()
-
-
-def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with plain strings: LMs get no type of ours."""
-    return [
-        {**message, "content": str(message["content"])} if type(message.get("content")) is _Formatted else message
-        for message in messages
-    ]
 
 
 class _Guarded:
@@ -96,7 +82,7 @@ class _Guarded:
         return self._clean_output(text)
 
     def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
-        messages = _plain(super().format(signature, demos, inputs))  # type: ignore[misc]
+        messages = prompts.plain(super().format(signature, demos, inputs))  # type: ignore[misc]
         return corrections.add_to(messages, type(self), signature)
 
     def format_system_message(self, signature: Signature) -> Any:
@@ -110,7 +96,7 @@ class _Guarded:
     def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
         clean = functools.partial(self._clean_input, signature)
         inputs = _cleaned(signature.input_fields, inputs, clean, clean if self._formatted_is_cleaned else str)
-        return _Formatted(super().format_user_message_content(signature, inputs, *args, **options))  # type: ignore[misc]
+        return prompts.Formatted(super().format_user_message_content(signature, inputs, *args, **options))  # type: ignore[misc]
 
     def format_assistant_message_content(self, signature: Signature, outputs: Any, *args: Any, **options: Any) -> Any:
         outputs = _cleaned(signature.output_fields, outputs, self._clean_output)
@@ -213,7 +199,7 @@ def _cleaned(
 
 
 def _clean_field(info: Any, value: Any, clean: field_markers.Change, clean_formatted: Callable[[str], str]) -> Any:
-    if type(value) is _Formatted:
+    if type(value) is prompts.Formatted:
         return clean_formatted(str(value))
     if isinstance(value, pydantic.BaseModel) and not isinstance(value, _MEDIA):
         # As in the prompt: for instance what RLM's code has printed.

@@ -8,7 +8,7 @@ from typing import Any
 
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.lm import lm_call
+from dspy_bridge.lm import lm_call, prompts
 from dspy_bridge.lm.lm_call import LMCall
 from dspy_bridge.lm.metering import history
 from dspy_bridge.lm.metering.history import History
@@ -83,7 +83,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         call.metered = True
         call.model = str(getattr(instance, "model", ""))
         if self._history is not None:
-            call.entry = self._history.begin(), _messages(inputs)
+            call.entry = self._history.begin(), prompts.of_call(inputs)
         self._calls.append(call)
         lm_call.current.set(call)
 
@@ -118,16 +118,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         }
         call.outputs = None
         self._history.end(entry, messages, about)
-
-
-def _messages(inputs: dict[str, Any]) -> Any:
-    """What an LM is sent, from the arguments of its call."""
-    if inputs.get("messages") is not None:
-        return inputs["messages"]
-    # A typed request of DSPy's has messages, too.
-    asked = (inputs.get("prompt"), inputs.get("request"), inputs.get("kwargs", {}).get("request"))
-    first = next((given for given in (*asked, *inputs.get("items", ())) if given is not None), None)
-    return [{"role": "user", "content": first}] if isinstance(first, str) else getattr(first, "messages", None)
 
 
 def _sum(usages: Iterable[dict[str, Any]]) -> dict[str, Any]:
