@@ -103,13 +103,12 @@ class Lane:
 class Gate:
     """The requests to one server with one key. After each change `advance` must be called.
 
-    `watched`: whether requests need a ticket; else nothing limits them. `counts_tokens`: whether `spend` does.
+    `watched`: whether requests need a ticket; else nothing limits them.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.watched = False
-        self.counts_tokens = False
         self.in_flight = 0
         self.paused_until = 0.0
         self._lanes: OrderedDict[Limits, Lane] = OrderedDict()
@@ -124,7 +123,6 @@ class Gate:
         if found is None:
             found = self._lanes[limits] = Lane(self, limits)
             self.watched = self.watched or limits != Limits()
-            self.counts_tokens = self.counts_tokens or limits.tokens_per_minute is not None
             idle = [lane for lane in self.lanes() if not lane.waiting and lane is not found]
             if len(self._lanes) > _MOST_LANES and idle:
                 del self._lanes[idle[0].limits]

@@ -21,7 +21,7 @@ from dspy_bridge.lm.lm_call import LMCall, Target
 from dspy_bridge.lm.rate_limits import INFINITE, Gate, Ticket
 
 # The statuses by which a server refuses a request that it may take later.
-_REFUSALS = (429, 503)
+REFUSALS = (429, 503)
 
 
 @asynccontextmanager
@@ -83,25 +83,11 @@ def _advance(gate: Gate) -> None:
         _timers[gate] = later(seconds, functools.partial(_advance, gate), context=contextvars.Context())
 
 
-def answered(status: int, header: Callable[[str], str | None]) -> Callable[[], None]:
-    """Let all requests of the account wait for as long as a server that refuses one asks for.
+def refused(call: LMCall, target: Target, retry_after: str | None) -> None:
+    """A server has refused a request: let all of the account wait for as long as it asks for.
 
-    Returns what to call with each piece of the answer. Raises `LMOverloaded` if DSPy would wait past the deadline of
-    this one.
+    Raises `LMOverloaded` if DSPy would wait past the deadline of this one.
     """
-    call = lm_call.current.get()
-    if call is None or call.target is None:
-        return _nothing
-    if status in _REFUSALS:
-        _refused(call, call.target, header("retry-after"))
-    return call.chunk if (header("content-type") or "").startswith("text/event-stream") else _nothing
-
-
-def _nothing() -> None:
-    pass
-
-
-def _refused(call: LMCall, target: Target, retry_after: str | None) -> None:
     # Until the next attempt, for which DSPy waits.
     call.begin_wait()
     if (seconds := _seconds(retry_after)) is None:

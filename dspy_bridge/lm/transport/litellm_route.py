@@ -15,7 +15,7 @@ import importlib.util
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 from dspy_bridge import tracing
@@ -23,6 +23,7 @@ from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall
 from dspy_bridge.lm.transport import admission, outgoing, routes
 from dspy_bridge.logs import redaction
+from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
 _importing: Future[None] | None = None
 _lock = Lock()
@@ -115,23 +116,18 @@ def start() -> Future[None]:
     global _importing
     with _lock:
         if _importing is None or (_importing.done() and _importing.exception() is not None):
-            _importing = Future()
-            Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
+            _importing = DaemonThreads(1, "dspy_bridge-litellm").submit(_import)
         return _importing
 
 
-def _import(done: Future[None]) -> None:
-    try:
-        # DSPy imports it lazily: then the module is there, and its first attribute runs it.
-        _ = importlib.import_module("litellm").completion
-        for library in ("httpx", "httpx2"):
-            if importlib.util.find_spec(library) is not None:
-                _watch_clients(library)
-        # It runs before LiteLLM's own exit handlers, which were registered before.
-        atexit.register(dspy_internals.silence_litellm)
-        done.set_result(None)
-    except BaseException as error:  # many packages' code, which may raise anything
-        done.set_exception(error)
+def _import() -> None:
+    # DSPy imports it lazily: then the module is there, and its first attribute runs it.
+    _ = importlib.import_module("litellm").completion
+    for library in ("httpx", "httpx2"):
+        if importlib.util.find_spec(library) is not None:
+            _watch_clients(library)
+    # It runs before LiteLLM's own exit handlers, which were registered before.
+    atexit.register(dspy_internals.silence_litellm)
 
 
 @functools.cache

@@ -52,15 +52,22 @@ class Answer:
 
     def __init__(self, status: int, header: Callable[[str], str | None], *, private: bool = True) -> None:
         """`private`: a redirect would take a prompt or a key to another server."""
-        self._received = admission.answered(status, header)
+        call = lm_call.current.get()
         self._left = most
+        self._streamed: lm_call.LMCall | None = None
+        if call is not None and call.target is not None:
+            if status in admission.REFUSALS:
+                admission.refused(call, call.target, header("retry-after"))
+            if (header("content-type") or "").startswith("text/event-stream"):
+                self._streamed = call
         if private and 300 <= status < 400:
             to = urlsplit(header("location") or "").hostname or "another path"
             raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
 
     def piece(self, piece: bytes) -> bytes:
         """The piece."""
-        self._received()
+        if self._streamed is not None:
+            self._streamed.chunk()
         self._left -= len(piece)
         if self._left < 0:
             raise LMAnswerRefused(f"the answer is longer than DSPY_BRIDGE_MAX_LM_BYTES allows: {most} bytes")
