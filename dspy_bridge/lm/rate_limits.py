@@ -13,12 +13,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import sha256
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from dspy_bridge.errors import Overloaded
 
-# Accounts, and kinds of limits of one: counts outlive the LMs, as the next LM of the account goes on with them.
+# Accounts: their counts outlive the LMs, as the next LM of the account goes on with them.
 _MOST_GATES = 1000
-_MOST_LANES = 100
 # The longest pause that a server may ask for, in seconds: a day.
 _LONGEST_PAUSE = 86_400.0
 INFINITE = float("inf")
@@ -111,7 +111,8 @@ class Gate:
         self.watched = False
         self.in_flight = 0
         self.paused_until = 0.0
-        self._lanes: OrderedDict[Limits, Lane] = OrderedDict()
+        # Those of LMs that are there, and of their requests.
+        self._lanes: WeakValueDictionary[Limits, Lane] = WeakValueDictionary()
 
     def lanes(self) -> list[Lane]:
         """A copy: LMs are made in other threads, too."""
@@ -123,9 +124,6 @@ class Gate:
         if found is None:
             found = self._lanes[limits] = Lane(self, limits)
             self.watched = self.watched or limits != Limits()
-            idle = [lane for lane in self.lanes() if not lane.waiting and lane is not found]
-            if len(self._lanes) > _MOST_LANES and idle:
-                del self._lanes[idle[0].limits]
         return found
 
     def enter(self, ticket: Ticket) -> None:
@@ -133,8 +131,6 @@ class Gate:
         if (refusal := self._refusal(ticket, len(ticket.lane.waiting))) is not None:
             ticket.settle(refusal)
             return
-        # Its lane may have been forgotten, and another LM may have made it anew.
-        ticket.lane = self._lanes.setdefault(ticket.lane.limits, ticket.lane)
         ticket.lane.waiting[ticket] = None
 
     def leave(self, ticket: Ticket) -> None:

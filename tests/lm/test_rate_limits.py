@@ -142,12 +142,9 @@ def test_counts_outlive_the_lms_of_an_account_and_do_not_grow_without_end() -> N
     for number in range(2 * rate_limits._MOST_GATES):
         rate_limits.lane(f"tenant {number}", limits)
     assert len(rate_limits._gates) == rate_limits._MOST_GATES
-    world = World()
-    first = world.gate.lane(Limits(max_in_flight=1))
-    for number in range(2 * rate_limits._MOST_LANES):
-        world.gate.lane(Limits(tokens_per_minute=number + 1))
-    assert len(world.gate.lanes()) == rate_limits._MOST_LANES and first not in world.gate.lanes()
-    assert world.ask(first).state == "sent" and world.ask(first).state == "waiting", "its LM still has it"
+    for number in range(100):
+        mine.gate.lane(Limits(tokens_per_minute=number + 1))
+    assert mine.gate.lanes() == [mine], "no LM has the others any more"
 
 
 per_minute = st.one_of(st.none(), st.floats(0.1, 1000), st.integers(1, 1000))
