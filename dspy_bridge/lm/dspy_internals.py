@@ -105,11 +105,11 @@ def silence_attempts() -> None:
 
 # What LMs are sent: by DSPy's own transports, and by LiteLLM.
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
-TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
-ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
+TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
 CONNECTIONS = Name("dspy.lm15:RouterConfig.transport_kwargs", "past 100 calls at once an LM's calls wait", "self")
-LITELLM_ENGINE, ASYNC_LITELLM_ENGINE = (
-    Name(f"dspy.clients.execution:{engine}", _OUTGOING) for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+LITELLM_ENGINE = Name("dspy.clients.execution:AsyncLiteLLMEngine", _OUTGOING)
+CALL, ASYNC_CALL = (
+    Name(f"dspy.clients.execution:{name}", f"in threads {_OUTGOING}", "lm", "call") for name in ("execute", "aexecute")
 )
 # How answers are read.
 JSON_FALLBACK = Name(

@@ -52,7 +52,7 @@ class LMs:
         litellm_route.install()
         json_answers.install()
         built_once.install()
-        event_loop_lm.watch_executors()
+        event_loop_lm.install()
         routes.install()
         endings.install()
         guarded_adapters.install()

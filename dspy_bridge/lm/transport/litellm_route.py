@@ -30,27 +30,11 @@ _lock = Lock()
 
 
 def install() -> None:
-    """Put engines of ours in the place of those by which DSPy calls LiteLLM, once in a process."""
+    """Put an engine of ours in the place of that by which DSPy calls LiteLLM, once in a process."""
     dspy_internals.LITELLM_ENGINE.wrap(_engine)
-    dspy_internals.ASYNC_LITELLM_ENGINE.wrap(_async_engine)
 
 
 def _engine(kind: Any) -> Any:
-    class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
-        """Of LMs that your application made and calls in a thread."""
-
-        def complete(self, request: Any) -> Any:
-            with _call_in_thread(self, request):
-                return super().complete(request)
-
-        def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
-            with _call_in_thread(self, request):
-                return super().complete_legacy(lm, request, **context)
-
-    return Engine
-
-
-def _async_engine(kind: Any) -> Any:
     class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
         async def complete(self, request: Any) -> Any:
             async with _call(self, request):
@@ -76,14 +60,6 @@ async def _call(engine: Any, request: Any) -> AsyncIterator[None]:
     async with admission.admitted():
         with _guarded():
             yield
-
-
-@contextmanager
-def _call_in_thread(engine: Any, request: Any) -> Iterator[None]:
-    start().result()
-    _refuse_elsewhere(engine, request)
-    with _guarded():
-        yield
 
 
 def _refuse_elsewhere(engine: Any, request: Any) -> None:
@@ -223,7 +199,7 @@ def _sending(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sending_sync(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
-    """For threads of your application, and the few providers that LiteLLM asks in a thread of its own."""
+    """For the few providers that LiteLLM asks in a thread of its own."""
 
     @functools.wraps(send)
     def sent(self: Any, request: Any, **options: Any) -> Any:

@@ -14,8 +14,8 @@ import asyncio
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -103,10 +103,9 @@ def install() -> None:
     """Wrap them, once in a process."""
     dspy_internals.CONNECTIONS.wrap(lambda options: lambda config: {"max_connections": _CONNECTIONS, **options(config)})
     dspy_internals.TRANSPORT.wrap(_sending)
-    dspy_internals.ASYNC_TRANSPORT.wrap(_sending_async)
 
 
-def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
+def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stream)
     @asynccontextmanager
     async def send(self: Any, request: Any) -> AsyncIterator[Any]:
@@ -129,19 +128,6 @@ def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
                 await response.aclose()
 
             yield _with_body(response, chunks(), release)
-
-    return send
-
-
-def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
-    """Of LMs that your application made and calls in a thread: those of ours are called on the event loop."""
-
-    @functools.wraps(stream)
-    @contextmanager
-    def send(self: Any, request: Any) -> Iterator[Any]:
-        with stream(self, _traced(request)) as response:
-            answer = Answer(response.status, response.header)
-            yield _with_body(response, map(answer.piece, response), lambda _consumed: response.close())
 
     return send
 
