@@ -142,15 +142,21 @@ class LMs:
             raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
         redaction.remember(getattr(lm, "secrets", ()))
         chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
+        run = run or lm_call.RunContext(None)
+        run.meter = None if run.call is None else run.call.meter
+        watching = [offline_lm.WatchFormat()] if isinstance(lm, offline_lm.OfflineLM) else []
+        watching += [] if run.meter is None else [run.meter]
         settings = {
             "lm": lm,
             "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
-            lm_call.RUN: run or lm_call.RunContext(None),
+            "callbacks": [*dspy.settings.callbacks, *watching],
+            lm_call.RUN: run,
         }
-        if isinstance(lm, offline_lm.OfflineLM):
-            settings["callbacks"] = [*dspy.settings.callbacks, offline_lm.WatchFormat()]
-        with dspy.context(**settings):
-            yield
+        try:
+            with dspy.context(**settings):
+                yield
+        finally:
+            run.meter = None  # it has the run's LM calls, and they the run: a cycle would keep its inputs for long
 
 
 def _call_init(path: str) -> None:

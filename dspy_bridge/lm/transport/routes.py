@@ -41,7 +41,9 @@ class LMElsewhere(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
 
 def install() -> None:
     """Keep what DSPy looks up for each LM call: providers take 22 µs of 980, proxies 33. Once in a process."""
-    dspy_internals.OFFLINE_ENGINE.wrap(_routing)
+    if dspy_internals.OFFLINE_ENGINE.there:
+        dspy_internals.RESOLVE.wrap(_resolving)
+        dspy_internals.OFFLINE_ENGINE.wrap(_routing)
     dspy_internals.PROXIES.wrap(_now_and_then)
 
 
@@ -49,6 +51,10 @@ def install() -> None:
 def route(model: str, model_type: str) -> Any:
     """DSPy's routing of a model, of which it makes an engine for each call; the same without a network or a key."""
     return dspy_internals.OFFLINE_ENGINE.value(_NO_ENVIRONMENT, model_type=model_type).resolve(model)
+
+
+def _resolving(resolve: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda lm: resolve(lm) if getattr(lm, "_providers", ()) else route(lm.model, lm.model_type)
 
 
 def _routing(engine: Callable[..., Any]) -> Callable[..., Any]:
