@@ -1,44 +1,48 @@
-"""Counts the LM calls of one run, their tokens and their cost, for the `meta` of its reply."""
+"""The LM calls of one run for the `meta` of its reply: counts, tokens, cost, history, and events without contents."""
 
 from __future__ import annotations
 
-import functools
 import time
+from collections.abc import Iterable
 from typing import Any
 
-import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm import lm_call, prompts
 from dspy_bridge.lm.lm_call import LMCall
-from dspy_bridge.lm.metering import history, lm_events
+from dspy_bridge.lm.metering import history
 from dspy_bridge.lm.metering.history import History
 
-# The `response_format` of an LM call that any JSON object answers.
-_PLAIN_JSON = {"type": "json_object"}
+_NUMBERS = (int, float)
+# A list of 10,000 inputs has as many calls; an event takes some 200 bytes. `lm_calls` counts all.
+MOST = 1000
+# Names come from clients and servers.
+_LONGEST_NAME = 200
+# By OpenAI's names, or by those that an LM of the user's may give.
+_INPUT = ("prompt_tokens", "input_tokens")
+_OUTPUT = ("completion_tokens", "output_tokens")
+_CACHED = (("prompt_tokens_details", "cached_tokens"), ("input_tokens_details", "cached_tokens"))
+_REASONING = (("completion_tokens_details", "reasoning_tokens"), ("output_tokens_details", "reasoning_tokens"))
+# No run uses more: neither infinity nor NaN is a count.
+_MOST_TOKENS = 10**15
+# The error of a call that a deadline or a cancel has ended.
+_UNFINISHED = "unfinished"
 
 
 class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
-    """A DSPy callback with a usage tracker for DSPy's settings, which is None where DSPy has none."""
+    """A DSPy callback."""
 
     def __init__(self, history_bytes: int | None = None, events_since: float | None = None) -> None:
         """`history_bytes`: the most that `history` may take, if the reply is to have one.
 
         `events_since`: when the request was received, if the reply is to have `lm_events`.
         """
-        counted = dspy_internals.USAGE_TRACKER.there and dspy_internals.USAGE_SETTING.there
-        self.tracker: Any = _Tracker() if counted else None
         self._calls: list[LMCall] = []
         # By DSPy's ids of calls under way: the call, and the one around it.
         self._open: dict[str, tuple[LMCall, LMCall | None]] = {}
         self._fallbacks = 0
         self._history = None if history_bytes is None else History(history_bytes)
         self._events_since = events_since
-
-    def settings(self) -> dict[str, Any]:
-        """DSPy's settings by which a run is metered."""
-        tracked = {} if self.tracker is None else {dspy_internals.USAGE_SETTING.attribute: self.tracker}
-        return {**tracked, "callbacks": [*dspy.settings.callbacks, self]}
 
     def summary(self) -> dict[str, Any]:
         """What `meta` has of LMs, up to now; a cached answer is a call too.
@@ -49,11 +53,15 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         """
         calls, now = list(self._calls), time.monotonic()
         unpriced = any(call.unpriced for call in calls)
+        usages: dict[str, list[dict[str, Any]]] = {}
+        for call in calls:
+            if call.usage:
+                usages.setdefault(call.model, []).append(call.usage)
         shown = {
             "wait_ms": round(1000 * sum((call.waited(call.ended or now) for call in calls), 0.0), 3),
-            "lm_usage": {} if self.tracker is None else self.tracker.get_total_tokens(),
+            "lm_usage": {model: _sum(of_model) for model, of_model in usages.items()},
             "lm_calls": len(calls),
-            "cache_hits": sum(call.cached is True for call in calls),
+            "cache_hits": sum(call.cached for call in calls),
             "finish_reasons": [call.finish_reason for call in calls],
             "fallbacks": self._fallbacks,
             "cost_usd": None if unpriced else round(sum(call.cost or 0.0 for call in calls), 12),
@@ -63,7 +71,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
                 self._show(call, "not finished")
             shown["history"] = self._history.json()
         if self._events_since is not None:
-            shown["lm_events"] = lm_events.events(calls, self._events_since, now)
+            shown["lm_events"] = events(calls, self._events_since, now)
         return shown
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -73,10 +81,9 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             call = LMCall(None, lm_call.RunContext(None))  # of an LM that your application made
         self._open[call_id] = call, outer
         call.metered = True
-        if self._history is not None or self._events_since is not None:
-            call.model = str(getattr(instance, "model", ""))
+        call.model = str(getattr(instance, "model", ""))
         if self._history is not None:
-            call.entry = self._history.begin(), _messages(inputs)
+            call.entry = self._history.begin(), prompts.of_call(inputs)
         self._calls.append(call)
         lm_call.current.set(call)
 
@@ -86,9 +93,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         lm_call.current.set(outer)
         call.ended = time.monotonic()
         call.error_type = None if exception is None else type(exception).__name__
-        if call.cached is None and self.tracker is not None and exception is None:
-            # DSPy tracks no usage for an answer from the cache.
-            call.cached = not call.usages
         if call.outputs is None and call.entry is not None:
             call.outputs = outputs
         self._show(call, None if exception is None else history.shown_error(exception))
@@ -107,68 +111,68 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             "model": call.model,
             "outputs": call.outputs,
             "finish_reason": call.finish_reason,
-            "usage": _usage(call),
+            "usage": call.usage,
             "duration_ms": round(((call.ended or time.monotonic()) - call.started) * 1000, 3),
-            "cached": call.cached is True,
+            "cached": call.cached,
             "error": error,
         }
         call.outputs = None
         self._history.end(entry, messages, about)
 
 
-def install() -> None:
-    """Count the fallbacks of this process's adapters. Those of `guarded_adapters` call `in_json` themselves."""
-    dspy_internals.JSON_FALLBACK.wrap(lambda _fallback: in_json)
-    dspy_internals.RESPONSE_FORMAT.wrap(_watch_format)
+def _sum(usages: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {}
+    for usage in usages:
+        for name, count in usage.items():
+            before = total.get(name)
+            if isinstance(count, dict):
+                total[name] = _sum((before, count) if isinstance(before, dict) else (count,))
+            elif before is None:
+                total[name] = count
+            elif type(before) in _NUMBERS and type(count) in _NUMBERS:
+                total[name] = before + count
+    return total
 
 
-def in_json(adapter: Any) -> dspy.Adapter:
-    """Called by DSPy where an answer could not be read: the adapter for another LM call, in JSON."""
-    if (meter := lm_call.run().meter) is not None:
-        meter.fell_back()
-    return dspy_internals.JSON_FALLBACK.value(adapter)
+def events(calls: list[LMCall], began: float, now: float) -> list[dict[str, Any]]:
+    """Events of the first `MOST` calls, in the order of their start. `began`: when the request was received."""
+    return [_event(call, began, now) for call in calls[:MOST]]
 
 
-def _watch_format(choose: Any) -> Any:
-    """DSPy chooses plain JSON for types that providers refuse in a schema."""
-
-    @functools.wraps(choose)
-    def watched(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
-        choose(adapter, lm, lm_kwargs, signature)
-        meter = lm_call.run().meter
-        if meter is not None and lm_kwargs.get("response_format") == _PLAIN_JSON and lm.supports_response_schema:
-            meter.fell_back()
-
-    return watched
-
-
-def _messages(inputs: dict[str, Any]) -> Any:
-    """What an LM is sent, from the arguments of its call."""
-    if inputs.get("messages") is not None:
-        return inputs["messages"]
-    # A typed request of DSPy's has messages, too.
-    asked = (inputs.get("prompt"), inputs.get("request"), inputs.get("kwargs", {}).get("request"))
-    first = next((given for given in (*asked, *inputs.get("items", ())) if given is not None), None)
-    return [{"role": "user", "content": first}] if isinstance(first, str) else getattr(first, "messages", None)
+def _event(call: LMCall, began: float, now: float) -> dict[str, Any]:
+    ended = now if call.ended is None else call.ended
+    error_type = _UNFINISHED if call.ended is None else call.error_type
+    waited, first_chunk = call.waited(ended), call.first_chunk
+    return {
+        "model": call.model[:_LONGEST_NAME],
+        "started_ms": _ms(call.started - began),
+        "wait_ms": _ms(waited),
+        "duration_ms": _ms(ended - call.started - waited),
+        "first_chunk_ms": None if first_chunk is None else _ms(first_chunk - call.started - waited),
+        "input_tokens": _tokens(call.usage, _INPUT),
+        "output_tokens": _tokens(call.usage, _OUTPUT),
+        "cached_tokens": _details(call.usage, _CACHED),
+        "reasoning_tokens": _details(call.usage, _REASONING),
+        "cost_usd": None if call.cost is None else round(call.cost, 12),
+        "cached": call.cached,
+        "finish_reason": call.finish_reason and call.finish_reason[:_LONGEST_NAME],
+        "error_type": error_type and error_type[:_LONGEST_NAME],
+    }
 
 
-def _usage(call: LMCall) -> dict[str, Any]:
-    if not call.usages:
-        return {}
-    total = dspy_internals.USAGE_TRACKER.value()
-    for usage in call.usages:
-        total.add_usage("", usage)
-    found: dict[str, Any] = total.get_total_tokens().get("", {})
-    return found
+def _tokens(usage: dict[str, Any], names: tuple[str, ...]) -> int:
+    return next((_count(usage[name]) for name in names if usage.get(name)), 0)
 
 
-class _Tracker(dspy_internals.USAGE_TRACKER.value or object):  # type: ignore[misc]
-    def __deepcopy__(self, _memo: object) -> _Tracker:
-        # DSPy gives each of its threads a copy, whose counts nobody would read.
-        return self
+def _details(usage: dict[str, Any], names: tuple[tuple[str, str], ...]) -> int | None:
+    """The count that the provider gives; None if it gives none."""
+    counts = [(usage.get(details) or {}).get(name) for details, name in names]
+    return next((_count(count) for count in counts if isinstance(count, (int, float))), None)
 
-    def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
-        call = lm_call.current.get()
-        if call is not None:
-            call.usages.append(usage_entry)
-        super().add_usage(lm, usage_entry)
+
+def _count(value: Any) -> int:
+    return int(value) if isinstance(value, (int, float)) and 0 < value < _MOST_TOKENS else 0
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

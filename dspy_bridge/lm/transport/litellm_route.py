@@ -15,7 +15,7 @@ import importlib.util
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 from dspy_bridge import tracing
@@ -23,67 +23,49 @@ from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall
 from dspy_bridge.lm.transport import admission, outgoing, routes
 from dspy_bridge.logs import redaction
+from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
 _importing: Future[None] | None = None
 _lock = Lock()
 
 
 def install() -> None:
-    """Wrap the places where DSPy calls LiteLLM, once in a process."""
-    for name in (dspy_internals.LITELLM_LEGACY, dspy_internals.LITELLM_ENGINE):
-        name.wrap(_guarding)
-    for name in (dspy_internals.ASYNC_LITELLM_LEGACY, dspy_internals.ASYNC_LITELLM_ENGINE):
-        name.wrap(_calling)
-    dspy_internals.ASYNC_LITELLM_STREAM.wrap(_streaming)
+    """Put an engine of ours in the place of that by which DSPy calls LiteLLM, once in a process."""
+    dspy_internals.LITELLM_ENGINE.wrap(_engine)
 
 
-def _guarding(complete: Callable[..., Any]) -> Callable[..., Any]:
-    """Of LMs that your application made and calls in a thread."""
+def _engine(kind: Any) -> Any:
+    class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
+        async def complete(self, request: Any) -> Any:
+            async with _call(self, request):
+                return await super().complete(request)
 
-    @functools.wraps(complete)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start().result()
-        _refuse_elsewhere(*args, **kwargs)
-        with _guarded():
-            return complete(*args, **kwargs)
+        async def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
+            async with _call(self, request):
+                return await super().complete_legacy(lm, request, **context)
 
-    return call
+        async def stream(self, request: Any) -> AsyncIterator[Any]:
+            async with _call(self, request), aclosing(super().stream(request)) as events:
+                async for event in events:
+                    yield event
 
-
-def _calling(complete: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(complete)
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        async with _call(*args, **kwargs):
-            return await complete(*args, **kwargs)
-
-    return call
-
-
-def _streaming(stream: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stream)
-    async def call(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        async with _call(*args, **kwargs), aclosing(stream(*args, **kwargs)) as events:
-            async for event in events:
-                yield event
-
-    return call
+    return Engine
 
 
 @asynccontextmanager
-async def _call(*args: Any, **kwargs: Any) -> AsyncIterator[None]:
+async def _call(engine: Any, request: Any) -> AsyncIterator[None]:
     # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
     await asyncio.shield(asyncio.wrap_future(start()))
-    _refuse_elsewhere(*args, **kwargs)
+    _refuse_elsewhere(engine, request)
     async with admission.admitted():
         with _guarded():
             yield
 
 
-def _refuse_elsewhere(engine: Any, *args: Any, request: Any = None, **_context: Any) -> None:
-    """Raises `LMElsewhere`. The request: the last argument, an object with all options or a typed `Request`."""
-    request = args[-1] if args else request
-    options = {**getattr(engine, "client_options", {}), **(request if isinstance(request, dict) else {})}
-    model = getattr(engine, "wire_model", None) or options.get("model") or request.model
+def _refuse_elsewhere(engine: Any, request: Any) -> None:
+    """Raises `LMElsewhere`. The request: an object with all options or a typed `Request`."""
+    options = {**engine.client_options, **(request if isinstance(request, dict) else {})}
+    model = engine.wire_model or options.get("model") or request.model
     routes.refuse_elsewhere(model, options.get("custom_llm_provider"))
 
 
@@ -110,43 +92,30 @@ def start() -> Future[None]:
     global _importing
     with _lock:
         if _importing is None or (_importing.done() and _importing.exception() is not None):
-            _importing = Future()
-            Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
+            _importing = DaemonThreads(1, "dspy_bridge-litellm").submit(_import)
         return _importing
 
 
-def _import(done: Future[None]) -> None:
-    try:
-        if dspy_internals.GET_LITELLM.there:
-            # DSPy's own threads may be importing it: it holds a lock meanwhile, and the module counts as imported.
-            dspy_internals.GET_LITELLM.value(feature="dspy.LM")
-        else:
-            importlib.import_module("litellm")
-        watch_clients()
-        # It runs before LiteLLM's own exit handlers, which were registered before.
-        atexit.register(dspy_internals.silence_litellm)
-        done.set_result(None)
-    except BaseException as error:  # many packages' code, which may raise anything
-        done.set_exception(error)
-
-
-def watch_clients() -> None:
-    """Wrap the clients that LiteLLM sends with, once in a process. Their other users see no change."""
-    for library, (send, async_send) in dspy_internals.HTTP_SENDS.items():
+def _import() -> None:
+    # DSPy imports it lazily: then the module is there, and its first attribute runs it.
+    _ = importlib.import_module("litellm").completion
+    for library in ("httpx", "httpx2"):
         if importlib.util.find_spec(library) is not None:
-            httpx = importlib.import_module(library)
-            body = _body(httpx)
-            send.wrap(functools.partial(_sending_sync, body))
-            async_send.wrap(functools.partial(_sending, body, (httpx.ConnectError, httpx.ConnectTimeout)))
+            _watch_clients(library)
+    # It runs before LiteLLM's own exit handlers, which were registered before.
+    atexit.register(dspy_internals.silence_litellm)
 
 
-def _body(httpx: Any) -> Callable[..., Any]:
+@functools.cache
+def _watch_clients(library: str) -> None:
+    """Wrap the clients that LiteLLM sends with, once in a process. Their other users see no change."""
+    httpx: Any = importlib.import_module(library)
+
     class Body(httpx.SyncByteStream, httpx.AsyncByteStream):  # type: ignore[misc]
         """A response's body, whose bytes are counted."""
 
-        def __init__(self, stream: Any, received: Callable[[], None], call: LMCall) -> None:
-            self._stream, self._received, self._call = stream, received, call
-            self._count = outgoing.Count()
+        def __init__(self, stream: Any, answer: outgoing.Answer, call: LMCall) -> None:
+            self._stream, self._answer, self._call = stream, answer, call
 
         def __iter__(self) -> Iterator[bytes]:
             return map(self._counted, self._stream)
@@ -156,10 +125,8 @@ def _body(httpx: Any) -> Callable[..., Any]:
                 yield self._counted(chunk)
 
         def _counted(self, chunk: bytes) -> bytes:
-            self._received()
             with _noted(self._call):
-                self._count.add(chunk)
-            return chunk
+                return self._answer.piece(chunk)
 
         def close(self) -> None:
             self._stream.close()
@@ -167,7 +134,8 @@ def _body(httpx: Any) -> Callable[..., Any]:
         async def aclose(self) -> None:
             await self._stream.aclose()
 
-    return Body
+    httpx.Client.send = _sending_sync(Body, httpx.Client.send)
+    httpx.AsyncClient.send = _sending(Body, httpx.AsyncClient.send)
 
 
 @contextmanager
@@ -198,13 +166,11 @@ def _guarded_call(client: Any, request: Any, options: dict[str, Any]) -> LMCall 
 
 
 def _check(body: Any, response: Any, request: Any, call: LMCall) -> None:
-    received = admission.answered(response.status_code, response.headers.get)
-    if _is_private(request):
-        outgoing.not_redirected(response.status_code, response.headers.get("location"))
-    response.stream = body(response.stream, received, call)
+    answer = outgoing.Answer(response.status_code, response.headers.get, private=_is_private(request))
+    response.stream = body(response.stream, answer, call)
 
 
-def _sending(body: Any, failures: tuple[type[Exception], ...], send: Callable[..., Any]) -> Callable[..., Any]:
+def _sending(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(send)
     async def sent(self: Any, request: Any, **options: Any) -> Any:
         call = _guarded_call(self, request, options)
@@ -212,16 +178,14 @@ def _sending(body: Any, failures: tuple[type[Exception], ...], send: Callable[..
             return await send(self, request, **options)
         stream = options.pop("stream", False)
 
-        async def attempt(seconds: float) -> Any:
-            timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
-            request.extensions = {**request.extensions, "timeout": timeouts}
+        async def attempt(seconds: float | None) -> Any:
+            if seconds is not None:
+                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+                request.extensions = {**request.extensions, "timeout": timeouts}
             return await send(self, request, stream=True, **options)
 
         with _noted(call):
-            if call.target is None:
-                response = await send(self, request, stream=True, **options)
-            else:
-                response = await outgoing.connect(attempt, call.target, str(request.url), failures)
+            response = await outgoing.connect(attempt, call.target, str(request.url))
             try:
                 _check(body, response, request, call)
                 if not stream:
@@ -235,7 +199,7 @@ def _sending(body: Any, failures: tuple[type[Exception], ...], send: Callable[..
 
 
 def _sending_sync(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
-    """For threads of your application, and the few providers that LiteLLM asks in a thread of its own."""
+    """For the few providers that LiteLLM asks in a thread of its own."""
 
     @functools.wraps(send)
     def sent(self: Any, request: Any, **options: Any) -> Any:
