@@ -9,9 +9,9 @@ PY := $(VENV)/bin/python
 HARNESS := elixir_harness
 # The versions that are tested, and that `mix dspex.setup` installs, with their hashes.
 PINS := $(HARNESS)/priv/python/requirements.txt
-# Those that `--with optimizers` adds to them.
-OPTIMIZER_PINS := $(HARNESS)/priv/python/optimizers.txt
-ALL_PINS := $(PINS) $(OPTIMIZER_PINS)
+# Those that `--with litellm` and `--with optimizers` add to them.
+EXTRAS := litellm optimizers
+ALL_PINS := $(PINS) $(EXTRAS:%=$(HARNESS)/priv/python/%.txt)
 # The uv that installs them.
 UV_PIN := $(HARNESS)/priv/python/uv.txt
 # The tests and the demo of the harness run the peer with this interpreter.
@@ -142,11 +142,15 @@ growth: setup ## measure what runs and tokens cost as there are more of them, an
 # For other files of the same versions, such as wheels that were added later: make lock UPGRADE=
 UPGRADE := --upgrade
 LOCK = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes $(UPGRADE) --no-header --no-annotate
+# To what $(PINS) has.
+ADDED = -c $(PINS) $$(sed -n 's/^\([^ =]*\)==.*/--no-emit-package \1/p' $(PINS) | sort -u)
 
 lock: setup ## pin the newest versions that fit pyproject.toml, with their hashes; UPGRADE= for the hashes alone
-	$(LOCK) pyproject.toml -o $(PINS)
-	$(LOCK) pyproject.toml --extra optimizers -c $(PINS) \
-	  $$(sed -n 's/^\([^ =]*\)==.*/--no-emit-package \1/p' $(PINS) | sort -u) -o $(OPTIMIZER_PINS)
+	@# DSPy 3.4 requires both, but only the extra `litellm` has them.
+	printf '%s\n' litellm openai > $(VENV)/left-out.txt
+	$(LOCK) pyproject.toml --excludes $(VENV)/left-out.txt -o $(PINS)
+	$(LOCK) pyproject.toml --extra litellm $(ADDED) -o $(word 2,$(ALL_PINS))
+	$(LOCK) pyproject.toml --extra optimizers --excludes $(VENV)/left-out.txt $(ADDED) -c $(word 2,$(ALL_PINS)) -o $(word 3,$(ALL_PINS))
 	echo uv | $(LOCK) - -o $(UV_PIN)
 
 package: setup ## build the wheel, the sdist and, with Hex, the Hex package into dist/
