@@ -22,15 +22,12 @@ from dspy_bridge.logs import peer_log
 class Name:
     """A name that may be gone: `module:attribute.attribute`."""
 
-    def __init__(self, path: str, without: str, *takes: str, of_instances: bool = False, lazy: bool = False) -> None:
-        """`takes`: the first parameters of a function; `of_instances`: an attribute that a class's `__init__` sets;
-        `lazy`: its library is imported late, so `check` leaves it out."""
+    def __init__(self, path: str, without: str, *takes: str) -> None:
+        """`takes`: the first parameters of a function."""
         self.module, _, self.path = path.partition(":")
         self.dotted = path.replace(":", ".")
         self.without = without
         self.takes = takes
-        self.of_instances = of_instances
-        self.lazy = lazy
         self._wrapped = False
         names.append(self)
 
@@ -38,19 +35,12 @@ class Name:
     def value(self) -> Any:
         """What has this name; None if nothing has, or something that is called in another way."""
         try:
-            if self.of_instances:
-                made = inspect.unwrap(self._find(self.path.rpartition(".")[0]).__init__).__code__
-                if self.attribute in made.co_names:
-                    return self.attribute
-            else:
-                found = self._find(self.path)
-                if not self.takes or tuple(inspect.signature(found).parameters)[: len(self.takes)] == self.takes:
-                    return found
+            found = self._find(self.path)
+            if not self.takes or tuple(inspect.signature(found).parameters)[: len(self.takes)] == self.takes:
+                return found
         except (AttributeError, ImportError, TypeError, ValueError):
             pass
         degraded.append(self.dotted)
-        if self.lazy:
-            _warn([self])
         return None
 
     @property
@@ -83,15 +73,12 @@ degraded: list[str] = []
 
 def check() -> None:
     """Look up all names; one warning says which are gone, and what is off without them."""
-    gone = [name for name in names if not name.lazy and not name.there]
-    if gone:
-        _warn(gone)
-
-
-def _warn(gone: list[Name]) -> None:
     losses: dict[str, list[str]] = {}
-    for name in gone:
-        losses.setdefault(name.without, []).append(name.dotted)
+    for name in names:
+        if not name.there:
+            losses.setdefault(name.without, []).append(name.dotted)
+    if not losses:
+        return
     lost = "; ".join(f"{without} ({', '.join(found)})" for without, found in losses.items())
     peer_log.logger.warning("names inside DSPy %s are not as expected: %s", dspy.__version__, lost)
 
@@ -120,52 +107,19 @@ def silence_attempts() -> None:
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
 TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
 ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
-CONNECT_FAILURES = [
-    Name(f"dspy._vendor.lm15.transports:{error}", "an LM that cannot be reached is tried for longer")
-    for error in ("ConnectError", "ConnectTimeout")
-]
-LITELLM_LEGACY, ASYNC_LITELLM_LEGACY = (
-    Name(f"dspy.clients.engines:{engine}.complete_legacy", _OUTGOING, "self", "lm", "request")
-    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
-)
+CONNECTIONS = Name("dspy.lm15:RouterConfig.transport_kwargs", "past 100 calls at once an LM's calls wait", "self")
 LITELLM_ENGINE, ASYNC_LITELLM_ENGINE = (
-    Name(f"dspy.clients.engines:{engine}.complete", _OUTGOING, "self", "request")
-    for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+    Name(f"dspy.clients.execution:{engine}", _OUTGOING) for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
 )
-_IMPORT = "the import of LiteLLM may hold up other calls"
-ASYNC_LITELLM_STREAM = Name("dspy.clients.engines:AsyncLiteLLMEngine.stream", _IMPORT, "self", "request")
-GET_LITELLM = Name("dspy.clients._litellm:get_litellm", _IMPORT, "feature")
-# By library: of its client and of its async client.
-HTTP_SENDS = {
-    library: tuple(
-        Name(f"{library}:{client}.send", _OUTGOING, "self", "request", lazy=True)
-        for client in ("Client", "AsyncClient")
-    )
-    for library in ("httpx", "httpx2")
-}
-# See `transport/routes`.
-LITELLM_PROVIDER = Name(
-    "litellm:get_llm_provider",
-    "an LM without its provider in its name is refused where LiteLLM would send it the peer's key",
-    "model",
-    lazy=True,
-)
-
 # How answers are read.
-_REPAIR = "an LM's broken JSON may hold up other calls"
-JSON_REPAIR = Name("json_repair:loads", _REPAIR, "json_str")
-JSON_PARSE = Name("dspy:JSONAdapter.parse", _REPAIR, "self", "signature", "completion")
 JSON_FALLBACK = Name(
     "dspy:ChatAdapter._make_json_adapter_fallback",
     "second answers, in JSON, are not checked for contradictions",
     "self",
 )
-OPEN_MAPS = Name(
-    "dspy.adapters.json_adapter:_has_open_ended_mapping", "maps inside other types may come back empty", "signature"
-)
 RESPONSE_FORMAT = Name(
     "dspy:JSONAdapter._prepare_response_format",
-    "answers without a schema are not among the `fallbacks` of `meta`",
+    "maps inside other types may come back empty, and answers without a schema are no `fallbacks` of `meta`",
     "self",
     "lm",
     "lm_kwargs",
@@ -202,12 +156,6 @@ PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
 ROUTE = Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request")
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
 
-CACHE_KEY = Name("dspy.clients:Cache.cache_key", "LM answers are not cached", "self", "request")
-
-# Where each LM call ends, with what is known of it.
-_UNREAD = "`meta` has no finish reasons and no cost, and cut-off answers are not refused"
-FINALIZE = Name(f"{_EXECUTION}:finalize", _UNREAD, "lm", "call", "result")
-
 # Streams.
 _WHOLE = "streamed fields come in one piece"
 SEND_STREAM = Name("dspy:settings.send_stream", _WHOLE)
@@ -216,19 +164,10 @@ ADAPTER_CALLS = Name(
     "dspy.clients.call_context:_adapter_calls", "a streamed answer that cannot be read is not asked for again"
 )
 
-# Counts of tokens.
-_UNCOUNTED = "`meta` has no token counts and no cache hits"
-USAGE_TRACKER = Name("dspy.utils.usage_tracker:UsageTracker", _UNCOUNTED)
-USAGE_SETTING = Name("dspy:settings.usage_tracker", _UNCOUNTED)
-
 # Programs.
 CALLER_MODULES = Name("dspy:settings.caller_modules", "offline/echo calls no tools in a ReAct")
-DEPENDENCY_VERSIONS = Name("dspy.utils.saving:get_dependency_versions", "saved states have no versions")
 TOOL_SCHEMAS = Name(
     "dspy.adapters.types.tool:convert_input_schema_to_tool_args", "schemas of tool arguments keep references", "schema"
-)
-SANDBOX_PROCESS = Name(
-    "dspy:PythonInterpreter.deno_process", "code in a sandbox runs on after its call was cancelled", of_instances=True
 )
 
 # Optimizers and batches: see `event_loop_lm`.

@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 # The first LM call would fetch a price list of up to 32 MB from the network; the packaged one will do.
@@ -22,9 +22,8 @@ from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
 if not hasattr(dspy, "lm15"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
-from dspy_bridge.lm import answer_cache, dspy_internals, event_loop_lm, lm_call, lm_options, main_loop
+from dspy_bridge.lm import answer_cache, dspy_internals, event_loop_lm, lm_call, lm_factory, lm_options, main_loop
 from dspy_bridge.lm.adapters import built_once, guarded_adapters, json_answers
-from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import endings, meter
 from dspy_bridge.lm.offline import offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
@@ -42,8 +41,8 @@ class LMs:
 
     def __init__(self, settings: Settings) -> None:
         """Configure DSPy and call your application's `init`. Raises `SetupFailed`."""
-        self._kept_pool = functools.lru_cache(MAX_LMS)(self._new_pool)
-        self._default: tuple[LMPool, dspy.BaseLM] | None = None
+        self._kept_lm = functools.lru_cache(MAX_LMS)(self._new_lm)
+        self._default: dspy.BaseLM | None = None
         # Those of the default LM, complete.
         self._options: dict[str, Any] | None = None
         peer_log.adopt("dspy")
@@ -71,17 +70,16 @@ class LMs:
 
     def _configure(self, settings: Settings) -> None:
         answer_cache.configure(disk_cache=settings.disk_cache, entries=settings.cache_entries)
-        # History and trace keep thousands of prompts; the type warnings quote inputs in the log.
-        dspy.configure(disable_history=True, max_history_size=0, trace=None, warn_on_type_mismatch=False)
+        # The trace keeps thousands of prompts; the type warnings quote inputs in the log. For history see `endings`.
+        dspy.configure(disable_history=False, trace=None, warn_on_type_mismatch=False)
         if settings.adapter is not None:
             dspy.configure(adapter=_ADAPTERS[settings.adapter]())
         if settings.lm is not None:
             try:
                 options = {**settings.lm_options, "model": settings.lm}
                 self._options = lm_options.complete(options, "lm_options", of_settings=True)
-                pool = self._pool(self._options)
-                self._default = pool, pool.lasting()
-                dspy.configure(lm=self._default[1])
+                self._default = self._lm(self._options)
+                dspy.configure(lm=self._default)
             except InvalidArgs as error:
                 raise SetupFailed(f"DSPY_BRIDGE_LM, DSPY_BRIDGE_LM_OPTIONS: {error}") from None
 
@@ -89,36 +87,36 @@ class LMs:
         """Names inside DSPy that are not as expected, so that something is slower or off."""
         return sorted(dspy_internals.degraded)
 
-    def pool(self, given: object, where: str = "lm") -> LMPool:
-        """The LMs for a model's name, or an object of it and options; `where` is its name in errors.
+    def lm(self, given: object, where: str = "lm") -> dspy.BaseLM:
+        """The LM for a model's name, or an object of it and options; `where` is its name in errors.
 
         Raises `InvalidArgs`.
         """
-        return self._pool(lm_options.complete(given, where, self._options))
+        return self._lm(lm_options.complete(given, where, self._options))
 
-    def changed_pool(self, given: object, changes: dict[str, Any]) -> LMPool | None:
-        """The LMs for `given`, an `lm` (None: the default LM), with other options of the connection or the cache.
+    def changed_lm(self, given: object, changes: dict[str, Any]) -> dspy.BaseLM | None:
+        """The LM for `given`, an `lm` (None: the default LM), with other options of the connection or the cache.
 
         None if the default LM is your application's own. Raises `InvalidArgs`.
         """
         if given is not None:
             options = lm_options.complete(given, "lm", self._options)
-        elif self._options is None or self._default is None or dspy.settings.lm is not self._default[1]:
+        elif self._options is None or self._default is None or dspy.settings.lm is not self._default:
             return None
         else:
             options = self._options
-        return self._pool(lm_options.changed(options, changes))
+        return self._lm(lm_options.changed(options, changes))
 
-    def _pool(self, options: dict[str, Any]) -> LMPool:
+    def _lm(self, options: dict[str, Any]) -> dspy.BaseLM:
         if options["model"] == script_lm.NAME:
-            return LMPool(options)  # each begins with its first answer
-        return self._kept_pool(json.dumps(options, sort_keys=True))
+            return lm_factory.make(options)  # each begins with its first answer
+        return self._kept_lm(json.dumps(options, sort_keys=True))
 
-    def _new_pool(self, options: str) -> LMPool:
-        pool = LMPool(json.loads(options))
+    def _new_lm(self, options: str) -> dspy.BaseLM:
+        lm = lm_factory.make(json.loads(options))
         if self.settings.warm:
-            pool.warm_up()
-        return pool
+            lm_factory.warm_up(lm)
+        return lm
 
     def adapter(self, given: object) -> dspy.Adapter:
         """A new adapter: by name, or `{"name": "two_step", "extraction_model": {"model": …}}`. Raises `InvalidArgs`."""
@@ -130,43 +128,30 @@ class LMs:
         model = given.get("extraction_model")
         if not isinstance(model, (dict, str)) or given.keys() != {"name", "extraction_model"}:
             raise InvalidArgs(f"adapter: expected {two_step}")
-        return dspy.TwoStepAdapter(self.pool(model, "adapter.extraction_model").lasting())
+        return dspy.TwoStepAdapter(self.lm(model, "adapter.extraction_model"))
 
     @contextmanager
     def context(
-        self,
-        pool: LMPool | None,
-        adapter: dspy.Adapter | None,
-        run: lm_call.RunContext | None = None,
-        *,
-        own_connections: bool = False,
+        self, lm: dspy.BaseLM | None, adapter: dspy.Adapter | None, run: lm_call.RunContext | None = None
     ) -> Iterator[None]:
-        """DSPy's settings for one call, or one attempt of `run`; without a pool the default LM's.
-
-        `own_connections`: for a run whose calls of its LM would take those of others.
+        """DSPy's settings for one call, or one attempt of `run`; without an LM it is the default one.
 
         Raises `LMNotConfigured`.
         """
         main_loop.begin()
-        with ExitStack() as stack:
-            lm = dspy.settings.lm
-            if pool is None and self._default is not None and lm is self._default[1]:
-                pool = self._default[0]
-            if pool is not None and own_connections:
-                lm = pool.own()
-            elif pool is not None:
-                lm = stack.enter_context(pool.checkout())
-            if lm is None:
-                raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
-            chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
-            settings = {
-                "lm": lm,
-                "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
-                lm_call.RUN: run or lm_call.RunContext(None),
-            }
-            if isinstance(lm, offline_lm.OfflineLM):
-                settings["callbacks"] = [*dspy.settings.callbacks, offline_lm.WatchFormat()]
-            stack.enter_context(dspy.context(**settings))
+        lm = lm or dspy.settings.lm
+        if lm is None:
+            raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
+        redaction.remember(getattr(lm, "secrets", ()))
+        chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
+        settings = {
+            "lm": lm,
+            "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
+            lm_call.RUN: run or lm_call.RunContext(None),
+        }
+        if isinstance(lm, offline_lm.OfflineLM):
+            settings["callbacks"] = [*dspy.settings.callbacks, offline_lm.WatchFormat()]
+        with dspy.context(**settings):
             yield
 
 

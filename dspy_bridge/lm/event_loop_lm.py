@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import dspy
 
 from dspy_bridge.lm import dspy_internals, lm_call, main_loop
-from dspy_bridge.lm.transport import admission
 from dspy_bridge.runtime import event_loop
 
 _PARAMS = {
@@ -45,12 +44,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """As `dspy.LM`'s."""
         async with lm_call.run().slot() or nullcontext():
-            with lm_call.of(self.target), ExitStack() as stack:
-                target = self.target
-                if target is not None and target.lane.gate.counts_tokens and dspy_internals.USAGE_SETTING.there:
-                    setting = dspy_internals.USAGE_SETTING.attribute
-                    tracker = lm_call.TokenCount(lambda count: admission.spend(target, count), dspy.settings[setting])
-                    stack.enter_context(dspy.context(**{setting: tracker}))
+            with lm_call.of(self.target):
                 return await super().acall(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -78,6 +78,9 @@ class RunContext:
     def not_sent(self) -> None:
         """Called if the request was not sent after all: it was refused, or cancelled as it waited."""
 
+    def spend(self, tokens: int) -> None:
+        """Called with the tokens of each answer."""
+
     def overloaded(self, text: str) -> LMOverloaded:
         """The error for a request of the latest step."""
         return LMOverloaded(text, self.steps > 1)
@@ -105,15 +108,15 @@ class LMCall:
     """One call of an LM; its requests follow one another. Times are of `time.monotonic`, in seconds.
 
     `target`: None for an LM that your application made. `by_litellm`: whether LiteLLM sends its requests;
-    `refused`: our error, of which LiteLLM and the clients below it may have made one of theirs. `usages`: token counts
+    `refused`: our error, of which LiteLLM and the clients below it may have made one of theirs. `usage`: token counts
     as DSPy reported them, none for an answer from the cache.
-    `finish_reason`, `cost` (US dollars) and `cached` are None where DSPy does not tell them, `error_type` is the class
-    of the exception that it failed with. `first_chunk`: when the first piece of a streamed answer came. `entry`: its
+    `finish_reason` and `cost` (US dollars) are None where DSPy does not tell them, `error_type` is the class of the
+    exception that it failed with. `first_chunk`: when the first piece of a streamed answer came. `entry`: its
     place in the run's history, with the messages, if the reply has one; `outputs`: for the history alone.
     """
 
     by_litellm = False
-    cached: bool | None = None
+    cached = False
     cost: float | None = None
     ended: float | None = None
     entry: tuple[Any, Any] | None = None
@@ -131,12 +134,12 @@ class LMCall:
         self.target = target
         self.run = run
         self.started = time.monotonic()
-        self.usages: list[dict[str, Any]] = []
+        self.usage: dict[str, Any] = {}
 
     @property
     def unpriced(self) -> bool:
         """Whether the call was billed, as far as DSPy knows, and its price is not known."""
-        return self.cost is None and not self.cached and bool(self.usages or (self.ended and self.error_type is None))
+        return self.cost is None and not self.cached and bool(self.usage or (self.ended and self.error_type is None))
 
     def begin_wait(self) -> None:
         """It waits for the limits of its account from now on, unless it does already."""
@@ -187,24 +190,3 @@ def of(target: Target | None) -> Iterator[None]:
     finally:
         current.reset(token)
         call.end_wait()
-
-
-class TokenCount:
-    """What DSPy reports the tokens of an answer to, in front of its usual tracker, or None."""
-
-    def __init__(self, spend: Callable[[int], object], tracker: Any) -> None:
-        self._spend = spend
-        self._tracker = tracker
-
-    def __deepcopy__(self, _memo: object) -> TokenCount:
-        # DSPy copies it for each of its threads.
-        return self
-
-    def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
-        """As of DSPy's `UsageTracker`."""
-        total = usage_entry.get("total_tokens")
-        names = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens")
-        counts = [total] if isinstance(total, int) else [usage_entry.get(name) for name in names]
-        self._spend(sum(count for count in counts if isinstance(count, int)))
-        if self._tracker is not None:
-            self._tracker.add_usage(lm, usage_entry)

@@ -12,8 +12,7 @@ import dspy
 from dspy_bridge.caller import Caller
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import dspy_errors, dspy_internals, lm_pool
-from dspy_bridge.lm.lm_call import TokenCount
+from dspy_bridge.lm import dspy_errors
 from dspy_bridge.lm.offline import offline_lm
 from dspy_bridge.optimizing import optimizers, student
 from dspy_bridge.optimizing.arguments import Optimize
@@ -49,8 +48,6 @@ async def run(
     """
     inputs, expected = args["inputs"], args.get("expected")
     await large_inputs.in_thread(lambda: optimizers.check(given, len(inputs)))
-    if given.budget.tokens is not None and not dspy_internals.USAGE_SETTING.there:
-        raise InvalidArgs(f"optimize.budget.tokens: DSPy {dspy.__version__} does not report tokens as expected")
     if expected is None and given.optimizer == "labeled_few_shot":
         raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
     job = _Job(given, program, program.read_metric(args["metric"]), Run(call, limiter, given.budget))
@@ -94,11 +91,8 @@ class _Job:
         with self._program.optimizing(lm, run, run.call):
             # In the context: it has the settings.
             work = loop.create_task(threads.run(self._optimize))
-            lms = [dspy.settings.lm, *self._lms.values()]
         # If the run ends, nobody reads how its thread did.
         work.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # Now, and not when garbage is collected.
-        work.add_done_callback(lambda _: lm_pool.close_own(lms))
         ends = (work, asyncio.wrap_future(run.ending))
         try:
             done, _ = await asyncio.wait(ends, timeout=self._given.budget.seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -137,9 +131,6 @@ class _Job:
             "callbacks": callbacks,
             "adapter": tolerant(dspy.settings.adapter or dspy.ChatAdapter()),
         }
-        if dspy_internals.USAGE_SETTING.there:
-            name = dspy_internals.USAGE_SETTING.attribute
-            settings[name] = TokenCount(run.spend, dspy.settings[name])
         with dspy.context(**settings):
             made = optimizers.compile(given, self._module, self._trainset, self._valset, self._student, self._lms)
             run.refuse_failures()

@@ -124,7 +124,7 @@ def _make(
         return Runner(kind(signature, tools=[remote_tools.AgentTool(tool) for tool in tools], **chosen))
     if program_type == "rlm":
         if "sub_lm" in chosen:
-            chosen["sub_lm"] = lms.pool(chosen["sub_lm"], "options.sub_lm").lasting()
+            chosen["sub_lm"] = lms.lm(chosen["sub_lm"], "options.sub_lm")
         for tool in tools:
             if odd := [arg for arg in tool.args if not remote_tools.is_parameter(arg)]:
                 raise InvalidArgs(f"tools: {tool.name}: {odd[0]!r} is no name of a Python argument, which rlm needs")

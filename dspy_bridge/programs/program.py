@@ -13,7 +13,6 @@ from dspy_bridge.dispatch import error_replies
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_call, lm_options
 from dspy_bridge.lm.adapters import corrections, field_markers
-from dspy_bridge.lm.lm_pool import LMPool
 from dspy_bridge.lm.metering import endings
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, saved_state, scores
@@ -43,7 +42,7 @@ class Program:
         self._adapter = None if adapter is None else lms.adapter(adapter)
         lm = definition.get("lm")
         self._lm_given: object = lm
-        self._lm = None if lm is None else lms.pool(lm)
+        self._lm = None if lm is None else lms.lm(lm)
         self.runner = module_factory.build(definition, self._contract, lms)
         self.of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
         module = self.runner.module
@@ -51,7 +50,7 @@ class Program:
         self._saved_lm = None if state is None else saved_state.load(module, state)
         if self._saved_lm is not None and self._lm is None:
             self._lm_given = self._saved_lm
-            self._lm = lms.pool(self._saved_lm, "state.lm")
+            self._lm = lms.lm(self._saved_lm, "state.lm")
         if definition.get("demos") is not None:
             saved_state.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
         config, self._allow_truncated = endings.take_allowed(definition.get("config"))
@@ -111,14 +110,15 @@ class Program:
         Raises `LMNotConfigured` or `InvalidArgs`.
         """
         run.call, run.refuses_cut_off = call, not self._allow_truncated
-        _, pool = self._lm_for({}, lm)
-        with self._lms.context(pool, self.runner.adapter(self._adapter), run, own_connections=True), _metered(run):
+        found = self._lm_for({}, lm)[1] or dspy.settings.lm
+        # Optimizers write into its settings.
+        own = found and found.copy()
+        with self._lms.context(own, self.runner.adapter(self._adapter), run), _metered(run):
             yield
 
     def lm(self, given: object, where: str) -> dspy.BaseLM:
-        """Another LM for an optimization, with connections of its own. Raises `InvalidArgs`."""
-        # Optimizers write into its settings.
-        return self._lms.pool(given, where).own().copy()
+        """Another LM for an optimization, which may change its settings. Raises `InvalidArgs`."""
+        return self._lms.lm(given, where).copy()
 
     async def call(
         self,
@@ -141,7 +141,7 @@ class Program:
         config, allowed = endings.take_allowed(config)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
-        settings, pool = self._lm_for(config, lm)
+        settings, own_lm = self._lm_for(config, lm)
         if settings:
             values["config"] = settings
         two_step = isinstance(self._adapter, dspy.TwoStepAdapter)
@@ -152,7 +152,7 @@ class Program:
         run = lm_call.RunContext(call.ends if ends is None else ends, call)
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         try:
-            with self._lms.context(pool, runner.adapter(self._adapter), run), _metered(run):
+            with self._lms.context(own_lm, runner.adapter(self._adapter), run), _metered(run):
                 outputs = await self._run(values, run, stream, attempts)
         except Exception as error:
             raise dspy_errors.translate(error, given) from error
@@ -174,20 +174,20 @@ class Program:
 
         return corrections.Attempts(most, fits, lambda error: dspy_errors.translate(error, []), say)
 
-    def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], LMPool | None]:
-        """The call's settings for DSPy, and the LMs: None for the default one."""
+    def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], dspy.BaseLM | None]:
+        """The call's settings for DSPy, and its LM: None for the default one."""
         redaction.learn([self._of_lm, config])
         settings, of_lm = lm_options.read_config(config)
         of_lm = {**self._of_lm, **of_lm}
         if of_lm:
-            pool = self._lms.changed_pool(self._lm_given if lm is None else lm, of_lm)
-            if pool is not None:
-                return settings, pool
+            changed = self._lms.changed_lm(self._lm_given if lm is None else lm, of_lm)
+            if changed is not None:
+                return settings, changed
             if not self.runner.takes_config:
                 names = ", ".join(of_lm)
                 raise InvalidArgs(f"config: {names}: set in the LM by your DSPY_BRIDGE_INIT, or give an lm")
             return {**settings, **of_lm}, None
-        return settings, self._lm if lm is None else self._lms.pool(lm)
+        return settings, self._lm if lm is None else self._lms.lm(lm)
 
     async def _read(self, inputs: dict[str, Any], large: bool) -> dict[str, Any]:
         """As `_checked`, in a thread where that may take long."""
@@ -235,7 +235,7 @@ def _metered(run: lm_call.RunContext) -> Iterator[None]:
         yield
         return
     try:
-        with dspy.context(**run.meter.settings()):
+        with dspy.context(callbacks=[*dspy.settings.callbacks, run.meter]):
             yield
     finally:
         run.meter = None  # it has the run's LM calls, and they the run: a cycle would keep its inputs for long

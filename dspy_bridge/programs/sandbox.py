@@ -11,7 +11,6 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import SetupFailed
-from dspy_bridge.lm import dspy_internals
 from dspy_bridge.runtime import worker_threads
 
 # A sandbox that is starting has no process to kill yet.
@@ -59,7 +58,7 @@ def _end(interpreter: Any, returned: threading.Event) -> None:
     while not returned.is_set():
         if isinstance(interpreter, dspy.PythonInterpreter):
             # Its `shutdown` sends a message, which a busy sandbox does not read.
-            process = getattr(interpreter, dspy_internals.SANDBOX_PROCESS.attribute, None)
+            process = getattr(interpreter, "deno_process", None)
             if process is not None:
                 process.kill()
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from importlib import metadata as packages
 from typing import Annotated, Any
 
 import dspy
@@ -11,7 +13,6 @@ import pydantic
 from typing_extensions import NotRequired, TypedDict
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
-from dspy_bridge.lm import dspy_internals
 from dspy_bridge.logs import redaction
 from dspy_bridge.signatures import confined_files, media, validation_errors
 
@@ -49,6 +50,7 @@ class _Saved(TypedDict):
 
 
 _SAVED = pydantic.TypeAdapter(_Saved)
+_CLOUDPICKLE = packages.version("cloudpickle")
 
 
 def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | None:
@@ -110,8 +112,8 @@ def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
         name: {**saved, "lm": lm or redaction.without_secrets(saved.get("lm"))}
         for name, saved in _by_predictor(module, module.dump_state()).items()
     }
-    versions = dspy_internals.DEPENDENCY_VERSIONS
-    metadata = {"dependency_versions": versions.value() if versions.there else {}}
+    python, cloudpickle = (".".join(version.split(".")[:2]) for version in (platform.python_version(), _CLOUDPICKLE))
+    metadata = {"dependency_versions": {"python": python, "dspy": dspy.__version__, "cloudpickle": cloudpickle}}
     return {**(state["self"] if _is_flat(module) else state), "metadata": metadata}
 
 

@@ -31,11 +31,8 @@ def take(module: str, path: str, *, gone: bool) -> None:
     owner = whole = importlib.import_module(module)
     for name in filter(None, owner_path.split(".")):
         owner = getattr(owner, name)
-    if not hasattr(owner, attribute):
-        # Set by `__init__`, whose code no longer shows it.
-        owner.__init__ = called_otherwise(owner.__init__)
-    elif not gone or module == "asyncio" or path == "JSONAdapter.parse":
-        # Of these the class has subclasses or parents that would answer for it.
+    if not gone or module == "asyncio":
+        # Of these the class has parents that would answer for it.
         setattr(owner, attribute, called_otherwise(getattr(owner, attribute)))
     elif owner is whole:
         hide_in_module(module, attribute)

@@ -23,8 +23,10 @@ class Holder(pydantic.BaseModel):
 
 def in_json_mode(annotation: Any) -> bool:
     json_answers.install()
-    has_open_map = dspy_internals.OPEN_MAPS._find(dspy_internals.OPEN_MAPS.path)
-    return bool(has_open_map(dspy.Signature({"q": (str, dspy.InputField()), "a": (annotation, dspy.OutputField())})))
+    asked: dict[str, Any] = {}
+    signature = dspy.Signature({"q": (str, dspy.InputField()), "a": (annotation, dspy.OutputField())})
+    getattr(dspy.JSONAdapter(), dspy_internals.RESPONSE_FORMAT.attribute)(dspy.LM("openai/gpt-4o"), asked, signature)
+    return asked["response_format"] == {"type": "json_object"}
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,22 @@
-"""program and lm_pool: where modules run, and LMs shared by equal options. With the real DSPy."""
+"""program and lm_factory: where modules run, and LMs shared by equal options. With the real DSPy."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
-from contextlib import ExitStack
 from typing import Any
 
 import dspy
 import pytest
+from lm_server import chat
 from peer import PATIENCE
 
-from dspy_bridge.lm import dspy_setup, lm_pool
+from dspy_bridge.lm import dspy_setup, lm_factory
 from dspy_bridge.lm.offline import echo_lm, offline_lm
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.programs.runners import Runner, ToolCallRunner
+from dspy_bridge.runtime.event_loop import EventLoop
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
 
@@ -51,21 +53,30 @@ def models() -> dspy_setup.LMs:
     return dspy_setup.LMs(Settings({}))
 
 
-def test_all_lms_of_a_pool_are_closed_when_nobody_has_it_any_more(models: dspy_setup.LMs, start_lm: Any) -> None:
-    """Not only the first one: each has an open connection to the provider."""
-    server = start_lm()
+def test_an_lms_connections_are_closed_when_nobody_has_it_any_more(models: dspy_setup.LMs, start_lm: Any) -> None:
+    """Nor a copy of it. More than 100 calls at once have a connection each."""
+    all_there = threading.Barrier(120)
+
+    def answer(_request: Any) -> Any:
+        all_there.wait(PATIENCE)
+        return chat(answer="Paris")
+
+    server = start_lm(answer)
 
     async def use() -> None:
-        pool = lm_pool.LMPool({"model": "openai/x", **server.options()})
-        with models.context(pool, None), ExitStack() as stack:
-            lms = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2)]
-            for lm in {id(lm): lm for lm in lms}.values():
-                await lm.acall("hello")
-        del pool
-        for _ in range(3):
+        lm = lm_factory.make({"model": "openai/x", **server.options()})
+        with models.context(lm.copy(), None):
+            await asyncio.gather(*(lm.acall(f"hello {number}") for number in range(120)))
+            del lm
+            gc.collect()
+            assert not server.ended.acquire(timeout=0.1)
+        gc.collect()
+        for _ in range(120):
             assert await asyncio.to_thread(server.ended.acquire, timeout=PATIENCE)
 
-    asyncio.run(use())
+    loop = EventLoop()  # its connections keep no context, which has the LM
+    loop.run_until_complete(use())
+    loop.close()
 
 
 def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> None:
@@ -83,21 +94,10 @@ def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> Non
 
 def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.LMs) -> None:
     options = {"model": "openai/x", "temperature": 0.5, "api_key": "sk-1234567890"}
-    first = models.pool(options)
-    assert models.pool(dict(reversed(options.items()))) is first
-    assert models.pool({**options, "temperature": 0.6}) is not first
+    first = models.lm(options)
+    assert models.lm(dict(reversed(options.items()))) is first
+    assert models.lm({**options, "temperature": 0.6}) is not first
     for number in range(200):
-        models.pool({"model": f"openai/m{number}"})
-    assert models._kept_pool.cache_info().currsize == dspy_setup.MAX_LMS
-    assert models.pool(options) is not first
-
-
-def test_a_pool_has_an_lm_for_every_hundred_calls_in_flight_and_uses_them_again(models: dspy_setup.LMs) -> None:
-    pool = models.pool({"model": "openai/many"})
-
-    for _ in range(2):
-        with ExitStack() as stack:
-            lms = [stack.enter_context(pool.checkout()) for _ in range(lm_pool.CALLS_PER_LM * 2 + 1)]
-            assert len({id(lm) for lm in lms}) == 3
-    with pool.checkout() as lm:
-        assert lm is lms[0]
+        models.lm({"model": f"openai/m{number}"})
+    assert models._kept_lm.cache_info().currsize == dspy_setup.MAX_LMS
+    assert models.lm(options) is not first

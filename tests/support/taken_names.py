@@ -10,7 +10,7 @@ from peer import ROOT
 from dspy_bridge.lm import dspy_internals
 
 # Those that this DSPy has.
-NAMES = [name for name in dspy_internals.names if not name.lazy and name.there]
+NAMES = [name for name in dspy_internals.names if name.there]
 
 
 def without(taken: Iterable[dspy_internals.Name], how: str, folder: Path) -> dict[str, str]:

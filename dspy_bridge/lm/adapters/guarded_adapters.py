@@ -19,7 +19,7 @@ import pydantic
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import built_once, corrections, field_markers
+from dspy_bridge.lm.adapters import built_once, corrections, field_markers, json_answers
 from dspy_bridge.lm.metering import meter
 from dspy_bridge.runtime import event_loop
 
@@ -157,6 +157,9 @@ class JSONAdapter(_Guarded, dspy.JSONAdapter):  # type: ignore[misc]
     """JSON quotes text, so text begins no field; only a key may come twice."""
 
     _sections = staticmethod(field_markers.keyed)
+
+    def _read(self, signature: Signature, completion: str) -> Any:
+        return super()._read(signature, json_answers.object_in(completion))
 
 
 def _guarded_fallback(self: Any) -> dspy.Adapter:

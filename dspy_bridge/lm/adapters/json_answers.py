@@ -12,34 +12,42 @@ reads a string character by character. Valid JSON takes no step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
 from typing import Any
 
 import dspy
+import json_repair
 import pydantic
 
-from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm import dspy_internals, lm_call
 
 # 0.3 to 0.5 s. What LMs break in practice takes some five steps a character.
 MOST_STEPS = 1_000_000
-# Characters times braces: below, DSPy's own search takes a fraction of a second.
-_SHORT = 1_000_000
+# Characters times braces: below, DSPy's own search for an object takes a fraction of a second.
+_MOST_BRACES = 1_000_000
+_repair = json_repair.loads
 
 
 def install() -> None:
-    """Put these in the place of DSPy's and `json_repair`'s, once in a process."""
-    dspy_internals.OPEN_MAPS.wrap(_looking_inside)
-    dspy_internals.JSON_REPAIR.wrap(lambda _loads_all: _loads)
-    dspy_internals.JSON_PARSE.wrap(_parsing_an_object)
+    """Put these in the place of DSPy's and `json_repair`'s."""
+    dspy_internals.RESPONSE_FORMAT.wrap(_choosing)
+    json_repair.loads = _loads
 
 
-def _looking_inside(has_open_map: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def looked(signature: Any) -> bool:
+def _choosing(choose: Any) -> Any:
+    @functools.wraps(choose)
+    def chosen(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
+        choose(adapter, lm, lm_kwargs, signature)
+        asked = lm_kwargs.get("response_format")
         # Native function calls are not part of the answer's text.
         kinds = {field.annotation for field in signature.output_fields.values()} - {dspy.ToolCalls}
-        return has_open_map(signature) or any(map(_has_map, kinds))
+        if isinstance(asked, type) and any(map(_has_map, kinds)):
+            asked = lm_kwargs["response_format"] = {"type": "json_object"}
+        meter = lm_call.run().meter
+        if meter is not None and asked == {"type": "json_object"} and lm.supports_response_schema:
+            meter.fell_back()
 
-    return looked
+    return chosen
 
 
 @functools.lru_cache(256)
@@ -90,36 +98,17 @@ class _Counted(str):
 
 def _loads(json_str: Any = "", *args: Any, **options: Any) -> Any:
     text = _Counted(json_str) if type(json_str) is str else json_str
-    value: Any = dspy_internals.JSON_REPAIR.value(text, *args, **options)
+    value: Any = _repair(text, *args, **options)
     return str(value) if type(value) is _Counted else value
 
 
-def _parsing_an_object(parse: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(parse)
-    def parsed(self: Any, signature: Any, completion: str) -> Any:
-        return parse(self, signature, _object_in(completion))
-
-    return parsed
-
-
-def _object_in(completion: str) -> str:
-    """The part of an answer that DSPy reads. Where the answer is not an object, DSPy searches the first matching braces
-    by a recursive pattern that takes the square of the length; this takes one pass."""
-    if len(completion) * completion.count("{") <= _SHORT:
+def object_in(completion: str) -> str:
+    """The part of an answer that DSPy is to read. If it is no object DSPy searches it for one by a pattern that takes
+    the square of the length. Raises `TooMuchToRepair`."""
+    if len(completion) * completion.count("{") <= _MOST_BRACES or isinstance(_loads(completion), dict):
         return completion
+    begin = completion.index("{")
     try:
-        if dspy_internals.JSON_REPAIR.there and isinstance(_loads(completion), dict):
-            return completion
+        return completion[begin : json.JSONDecoder().raw_decode(completion, begin)[1]]
     except (ValueError, RecursionError):
         raise TooMuchToRepair from None
-    opened: list[int] = []
-    first: tuple[int, int] | None = None
-    for at, sign in enumerate(completion):
-        if sign == "{":
-            opened.append(at)
-        elif sign == "}" and opened:
-            start = opened.pop()
-            first = (start, at + 1) if first is None or start < first[0] else first
-    if first is None:
-        raise TooMuchToRepair
-    return completion[slice(*first)]

@@ -1,20 +1,19 @@
 """How each LM call ended: recorded for `meta`, and refused if the answer was cut off at `max_tokens`. Imports DSPy.
 
-DSPy finishes every LM call with one function, in the context of the call. A wrapper around it reads what DSPy has found
-out (finish reason, cost, whether the cache answered), which neither callbacks nor outputs have.
+DSPy writes each answer into a history, in the context of the call: with the finish reason, the tokens and the cost,
+which neither callbacks nor outputs have.
 """
 
 from __future__ import annotations
 
-import functools
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import dspy
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
-from dspy_bridge.lm import dspy_internals, lm_call
-from dspy_bridge.lm.lm_call import LMCall
+from dspy_bridge.lm import lm_call
+from dspy_bridge.lm.transport import admission
 
 # In the `config` of a program or a call; ours, so DSPy does not get it.
 ALLOW_TRUNCATED = "allow_truncated"
@@ -41,36 +40,37 @@ def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | 
 
 def install() -> None:
     """Watch all LM calls of this process."""
-    dspy_internals.FINALIZE.wrap(_watch)
+    # DSPy calls it for each answer, unless history is off; it would keep 10,000 prompts.
+    dspy.BaseLM.update_history = _ended
 
 
-def _watch(finalize: Any) -> Any:
-    @functools.wraps(finalize)
-    def watched(lm: Any, call: Any, result: Any) -> Any:
-        made = finalize(lm, call, result)
-        # With `_get`: a later DSPy may know less of a call, which must not fail for that.
-        reasons = _reasons_of(_get(result, "responses"), _get(result, "raw"))
-        record = lm_call.current.get()
-        if record is not None:
-            _note(record, lm, reasons, result)
-        if "length" in reasons and lm_call.run().refuses_cut_off:
-            return _whole(made, reasons) or _refuse(_get(call, "legacy"), _get(_get(call, "request"), "config"))
-        return made
-
-    return watched
-
-
-def _note(record: LMCall, lm: Any, reasons: list[str | None], result: Any) -> None:
-    if record.entry is not None:
+def _ended(lm: Any, entry: dict[str, Any]) -> None:
+    """An LM has answered, or the cache. Raises `CutOff`."""
+    call, run, usage, outputs = lm_call.current.get(), lm_call.run(), entry["usage"] or {}, entry["outputs"]
+    reasons = _reasons_of(entry["response"])
+    run.spend(_count(usage))
+    if call is not None:
+        if call.target is not None and call.target.lane.gate.counts_tokens:
+            admission.spend(call.target, _count(usage))
+        call.usage = usage
         # Only then: a run may have thousands of long answers.
-        record.outputs = _get(result, "outputs")
-    record.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
-    record.cached = _get(result, "cache_hit")
-    cost = _get(result, "cost")
-    if record.cached or getattr(lm, "costs_nothing", False):
-        record.cost = 0.0
-    elif isinstance(cost, (int, float)):
-        record.cost = float(cost)
+        call.outputs = None if call.entry is None else list(outputs)
+        call.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
+        free, cost = call.cached or getattr(lm, "costs_nothing", False), entry["cost"]
+        call.cost = 0.0 if free else float(cost) if isinstance(cost, (int, float)) else None
+    if "length" in reasons and run.refuses_cut_off:
+        whole = [output for output, reason in zip(outputs, reasons, strict=False) if reason != "length"]
+        if not whole or not keeping_whole.get():
+            _refuse({**lm.kwargs, **entry["kwargs"]}, getattr(entry.get("request"), "config", None))
+        outputs[:] = whole
+
+
+def _count(usage: dict[str, Any]) -> int:
+    """All tokens of an answer."""
+    total = usage.get("total_tokens")
+    names = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens")
+    counts = [total] if isinstance(total, int) else [usage.get(name) for name in names]
+    return sum(count for count in counts if isinstance(count, int))
 
 
 # Names of one thing: OpenAI's.
@@ -82,15 +82,15 @@ _SAME = {
 }
 
 
-def _reasons_of(responses: Any, raw: Any) -> list[str | None]:
-    """Why the LM stopped, for each answer of one call. `raw`: a provider's reply as LiteLLM has it."""
+def _reasons_of(given: Any) -> list[str | None]:
+    """Why the LM stopped, for each answer of one call. `given`: DSPy's answers, or a provider's as LiteLLM has it."""
     try:
-        if responses:
-            return [_reason(response.finish_reason, response) for response in responses]
-        choices = _get(raw, "choices")
-        if choices:
+        answers = given if isinstance(given, tuple) else (given,) if hasattr(given, "finish_reason") else ()
+        if answers:
+            return [_reason(answer.finish_reason, answer) for answer in answers]
+        if choices := _get(given, "choices"):
             return [_named(_get(choice, "finish_reason")) for choice in choices]
-        return [_of_status(raw)]
+        return [_of_status(given)]
     except Exception:  # an LM of the user's may answer anything
         return [None]
 
@@ -121,13 +121,6 @@ def _named(reason: Any) -> str | None:
 
 def _get(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-
-
-def _whole(outputs: Any, reasons: list[str | None]) -> list[Any]:
-    """Of several answers to one call, those that were not cut off, if these are wanted."""
-    if not keeping_whole.get() or not isinstance(outputs, list) or len(outputs) != len(reasons):
-        return []
-    return [output for output, reason in zip(outputs, reasons, strict=True) if reason != "length"]
 
 
 def _refuse(*settings: Any) -> NoReturn:

@@ -36,31 +36,25 @@ def _event(call: LMCall, began: float, now: float) -> dict[str, Any]:
         "wait_ms": _ms(waited),
         "duration_ms": _ms(ended - call.started - waited),
         "first_chunk_ms": None if first_chunk is None else _ms(first_chunk - call.started - waited),
-        "input_tokens": _tokens(call.usages, _INPUT),
-        "output_tokens": _tokens(call.usages, _OUTPUT),
-        "cached_tokens": _details(call.usages, _CACHED),
-        "reasoning_tokens": _details(call.usages, _REASONING),
+        "input_tokens": _tokens(call.usage, _INPUT),
+        "output_tokens": _tokens(call.usage, _OUTPUT),
+        "cached_tokens": _details(call.usage, _CACHED),
+        "reasoning_tokens": _details(call.usage, _REASONING),
         "cost_usd": None if call.cost is None else round(call.cost, 12),
-        "cached": call.cached is True,
+        "cached": call.cached,
         "finish_reason": call.finish_reason and call.finish_reason[:_LONGEST_NAME],
         "error_type": error_type and error_type[:_LONGEST_NAME],
     }
 
 
-def _tokens(usages: list[dict[str, Any]], names: tuple[str, ...]) -> int:
-    return sum(next((_count(usage[name]) for name in names if usage.get(name)), 0) for usage in usages)
+def _tokens(usage: dict[str, Any], names: tuple[str, ...]) -> int:
+    return next((_count(usage[name]) for name in names if usage.get(name)), 0)
 
 
-def _details(usages: list[dict[str, Any]], names: tuple[tuple[str, str], ...]) -> int | None:
-    """The sum of the counts that providers give; None if they give none."""
-    given = [_get(usage.get(details), name) for usage in usages for details, name in names]
-    counts = [_count(count) for count in given if isinstance(count, (int, float))]
-    return sum(counts) if counts else None
-
-
-def _get(details: Any, name: str) -> Any:
-    # LiteLLM's are objects.
-    return details.get(name) if isinstance(details, dict) else getattr(details, name, None)
+def _details(usage: dict[str, Any], names: tuple[tuple[str, str], ...]) -> int | None:
+    """The count that the provider gives; None if it gives none."""
+    counts = [(usage.get(details) or {}).get(name) for details, name in names]
+    return next((_count(count) for count in counts if isinstance(count, (int, float))), None)
 
 
 def _count(value: Any) -> int:

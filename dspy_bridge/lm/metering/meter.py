@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import dspy
@@ -14,31 +14,23 @@ from dspy_bridge.lm.lm_call import LMCall
 from dspy_bridge.lm.metering import history, lm_events
 from dspy_bridge.lm.metering.history import History
 
-# The `response_format` of an LM call that any JSON object answers.
-_PLAIN_JSON = {"type": "json_object"}
+_NUMBERS = (int, float)
 
 
 class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
-    """A DSPy callback with a usage tracker for DSPy's settings, which is None where DSPy has none."""
+    """A DSPy callback."""
 
     def __init__(self, history_bytes: int | None = None, events_since: float | None = None) -> None:
         """`history_bytes`: the most that `history` may take, if the reply is to have one.
 
         `events_since`: when the request was received, if the reply is to have `lm_events`.
         """
-        counted = dspy_internals.USAGE_TRACKER.there and dspy_internals.USAGE_SETTING.there
-        self.tracker: Any = _Tracker() if counted else None
         self._calls: list[LMCall] = []
         # By DSPy's ids of calls under way: the call, and the one around it.
         self._open: dict[str, tuple[LMCall, LMCall | None]] = {}
         self._fallbacks = 0
         self._history = None if history_bytes is None else History(history_bytes)
         self._events_since = events_since
-
-    def settings(self) -> dict[str, Any]:
-        """DSPy's settings by which a run is metered."""
-        tracked = {} if self.tracker is None else {dspy_internals.USAGE_SETTING.attribute: self.tracker}
-        return {**tracked, "callbacks": [*dspy.settings.callbacks, self]}
 
     def summary(self) -> dict[str, Any]:
         """What `meta` has of LMs, up to now; a cached answer is a call too.
@@ -49,11 +41,15 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         """
         calls, now = list(self._calls), time.monotonic()
         unpriced = any(call.unpriced for call in calls)
+        usages: dict[str, list[dict[str, Any]]] = {}
+        for call in calls:
+            if call.usage:
+                usages.setdefault(call.model, []).append(call.usage)
         shown = {
             "wait_ms": round(1000 * sum((call.waited(call.ended or now) for call in calls), 0.0), 3),
-            "lm_usage": {} if self.tracker is None else self.tracker.get_total_tokens(),
+            "lm_usage": {model: _sum(of_model) for model, of_model in usages.items()},
             "lm_calls": len(calls),
-            "cache_hits": sum(call.cached is True for call in calls),
+            "cache_hits": sum(call.cached for call in calls),
             "finish_reasons": [call.finish_reason for call in calls],
             "fallbacks": self._fallbacks,
             "cost_usd": None if unpriced else round(sum(call.cost or 0.0 for call in calls), 12),
@@ -73,8 +69,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             call = LMCall(None, lm_call.RunContext(None))  # of an LM that your application made
         self._open[call_id] = call, outer
         call.metered = True
-        if self._history is not None or self._events_since is not None:
-            call.model = str(getattr(instance, "model", ""))
+        call.model = str(getattr(instance, "model", ""))
         if self._history is not None:
             call.entry = self._history.begin(), _messages(inputs)
         self._calls.append(call)
@@ -86,9 +81,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         lm_call.current.set(outer)
         call.ended = time.monotonic()
         call.error_type = None if exception is None else type(exception).__name__
-        if call.cached is None and self.tracker is not None and exception is None:
-            # DSPy tracks no usage for an answer from the cache.
-            call.cached = not call.usages
         if call.outputs is None and call.entry is not None:
             call.outputs = outputs
         self._show(call, None if exception is None else history.shown_error(exception))
@@ -107,9 +99,9 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             "model": call.model,
             "outputs": call.outputs,
             "finish_reason": call.finish_reason,
-            "usage": _usage(call),
+            "usage": call.usage,
             "duration_ms": round(((call.ended or time.monotonic()) - call.started) * 1000, 3),
-            "cached": call.cached is True,
+            "cached": call.cached,
             "error": error,
         }
         call.outputs = None
@@ -119,7 +111,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
 def install() -> None:
     """Count the fallbacks of this process's adapters. Those of `guarded_adapters` call `in_json` themselves."""
     dspy_internals.JSON_FALLBACK.wrap(lambda _fallback: in_json)
-    dspy_internals.RESPONSE_FORMAT.wrap(_watch_format)
 
 
 def in_json(adapter: Any) -> dspy.Adapter:
@@ -127,19 +118,6 @@ def in_json(adapter: Any) -> dspy.Adapter:
     if (meter := lm_call.run().meter) is not None:
         meter.fell_back()
     return dspy_internals.JSON_FALLBACK.value(adapter)
-
-
-def _watch_format(choose: Any) -> Any:
-    """DSPy chooses plain JSON for types that providers refuse in a schema."""
-
-    @functools.wraps(choose)
-    def watched(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
-        choose(adapter, lm, lm_kwargs, signature)
-        meter = lm_call.run().meter
-        if meter is not None and lm_kwargs.get("response_format") == _PLAIN_JSON and lm.supports_response_schema:
-            meter.fell_back()
-
-    return watched
 
 
 def _messages(inputs: dict[str, Any]) -> Any:
@@ -152,23 +130,15 @@ def _messages(inputs: dict[str, Any]) -> Any:
     return [{"role": "user", "content": first}] if isinstance(first, str) else getattr(first, "messages", None)
 
 
-def _usage(call: LMCall) -> dict[str, Any]:
-    if not call.usages:
-        return {}
-    total = dspy_internals.USAGE_TRACKER.value()
-    for usage in call.usages:
-        total.add_usage("", usage)
-    found: dict[str, Any] = total.get_total_tokens().get("", {})
-    return found
-
-
-class _Tracker(dspy_internals.USAGE_TRACKER.value or object):  # type: ignore[misc]
-    def __deepcopy__(self, _memo: object) -> _Tracker:
-        # DSPy gives each of its threads a copy, whose counts nobody would read.
-        return self
-
-    def add_usage(self, lm: str, usage_entry: dict[str, Any]) -> None:
-        call = lm_call.current.get()
-        if call is not None:
-            call.usages.append(usage_entry)
-        super().add_usage(lm, usage_entry)
+def _sum(usages: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {}
+    for usage in usages:
+        for name, count in usage.items():
+            before = total.get(name)
+            if isinstance(count, dict):
+                total[name] = _sum((before, count) if isinstance(before, dict) else (count,))
+            elif before is None:
+                total[name] = count
+            elif type(before) in _NUMBERS and type(count) in _NUMBERS:
+                total[name] = before + count
+    return total

@@ -67,16 +67,6 @@ class Script:
         return answers[found]
 
 
-def with_script(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of an LM with a `Script` in the place of its `answers`; one that is there stays. Raises `InvalidArgs`."""
-    answers = options.get("answers")
-    if options.get("model") == NAME:
-        return {**options, "answers": answers if isinstance(answers, Script) else Script(answers)}
-    if "answers" in options:
-        raise InvalidArgs(f"lm.answers: only for {NAME}")
-    return options
-
-
 def _written(fields: dict[str, Any], asked: Asked) -> str:
     """An answer of these fields alone, in the adapter's format."""
     signature = asked.signature

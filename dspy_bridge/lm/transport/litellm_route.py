@@ -29,61 +29,66 @@ _lock = Lock()
 
 
 def install() -> None:
-    """Wrap the places where DSPy calls LiteLLM, once in a process."""
-    for name in (dspy_internals.LITELLM_LEGACY, dspy_internals.LITELLM_ENGINE):
-        name.wrap(_guarding)
-    for name in (dspy_internals.ASYNC_LITELLM_LEGACY, dspy_internals.ASYNC_LITELLM_ENGINE):
-        name.wrap(_calling)
-    dspy_internals.ASYNC_LITELLM_STREAM.wrap(_streaming)
+    """Put engines of ours in the place of those by which DSPy calls LiteLLM, once in a process."""
+    dspy_internals.LITELLM_ENGINE.wrap(_engine)
+    dspy_internals.ASYNC_LITELLM_ENGINE.wrap(_async_engine)
 
 
-def _guarding(complete: Callable[..., Any]) -> Callable[..., Any]:
-    """Of LMs that your application made and calls in a thread."""
+def _engine(kind: Any) -> Any:
+    class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
+        """Of LMs that your application made and calls in a thread."""
 
-    @functools.wraps(complete)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start().result()
-        _refuse_elsewhere(*args, **kwargs)
-        with _guarded():
-            return complete(*args, **kwargs)
+        def complete(self, request: Any) -> Any:
+            with _call_in_thread(self, request):
+                return super().complete(request)
 
-    return call
+        def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
+            with _call_in_thread(self, request):
+                return super().complete_legacy(lm, request, **context)
 
-
-def _calling(complete: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(complete)
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        async with _call(*args, **kwargs):
-            return await complete(*args, **kwargs)
-
-    return call
+    return Engine
 
 
-def _streaming(stream: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stream)
-    async def call(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        async with _call(*args, **kwargs), aclosing(stream(*args, **kwargs)) as events:
-            async for event in events:
-                yield event
+def _async_engine(kind: Any) -> Any:
+    class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
+        async def complete(self, request: Any) -> Any:
+            async with _call(self, request):
+                return await super().complete(request)
 
-    return call
+        async def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
+            async with _call(self, request):
+                return await super().complete_legacy(lm, request, **context)
+
+        async def stream(self, request: Any) -> AsyncIterator[Any]:
+            async with _call(self, request), aclosing(super().stream(request)) as events:
+                async for event in events:
+                    yield event
+
+    return Engine
 
 
 @asynccontextmanager
-async def _call(*args: Any, **kwargs: Any) -> AsyncIterator[None]:
+async def _call(engine: Any, request: Any) -> AsyncIterator[None]:
     # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
     await asyncio.shield(asyncio.wrap_future(start()))
-    _refuse_elsewhere(*args, **kwargs)
+    _refuse_elsewhere(engine, request)
     async with admission.admitted():
         with _guarded():
             yield
 
 
-def _refuse_elsewhere(engine: Any, *args: Any, request: Any = None, **_context: Any) -> None:
-    """Raises `LMElsewhere`. The request: the last argument, an object with all options or a typed `Request`."""
-    request = args[-1] if args else request
-    options = {**getattr(engine, "client_options", {}), **(request if isinstance(request, dict) else {})}
-    model = getattr(engine, "wire_model", None) or options.get("model") or request.model
+@contextmanager
+def _call_in_thread(engine: Any, request: Any) -> Iterator[None]:
+    start().result()
+    _refuse_elsewhere(engine, request)
+    with _guarded():
+        yield
+
+
+def _refuse_elsewhere(engine: Any, request: Any) -> None:
+    """Raises `LMElsewhere`. The request: an object with all options or a typed `Request`."""
+    options = {**engine.client_options, **(request if isinstance(request, dict) else {})}
+    model = engine.wire_model or options.get("model") or request.model
     routes.refuse_elsewhere(model, options.get("custom_llm_provider"))
 
 
@@ -117,12 +122,11 @@ def start() -> Future[None]:
 
 def _import(done: Future[None]) -> None:
     try:
-        if dspy_internals.GET_LITELLM.there:
-            # DSPy's own threads may be importing it: it holds a lock meanwhile, and the module counts as imported.
-            dspy_internals.GET_LITELLM.value(feature="dspy.LM")
-        else:
-            importlib.import_module("litellm")
-        watch_clients()
+        # DSPy imports it lazily: then the module is there, and its first attribute runs it.
+        _ = importlib.import_module("litellm").completion
+        for library in ("httpx", "httpx2"):
+            if importlib.util.find_spec(library) is not None:
+                _watch_clients(library)
         # It runs before LiteLLM's own exit handlers, which were registered before.
         atexit.register(dspy_internals.silence_litellm)
         done.set_result(None)
@@ -130,23 +134,16 @@ def _import(done: Future[None]) -> None:
         done.set_exception(error)
 
 
-def watch_clients() -> None:
+@functools.cache
+def _watch_clients(library: str) -> None:
     """Wrap the clients that LiteLLM sends with, once in a process. Their other users see no change."""
-    for library, (send, async_send) in dspy_internals.HTTP_SENDS.items():
-        if importlib.util.find_spec(library) is not None:
-            httpx = importlib.import_module(library)
-            body = _body(httpx)
-            send.wrap(functools.partial(_sending_sync, body))
-            async_send.wrap(functools.partial(_sending, body, (httpx.ConnectError, httpx.ConnectTimeout)))
+    httpx: Any = importlib.import_module(library)
 
-
-def _body(httpx: Any) -> Callable[..., Any]:
     class Body(httpx.SyncByteStream, httpx.AsyncByteStream):  # type: ignore[misc]
         """A response's body, whose bytes are counted."""
 
-        def __init__(self, stream: Any, received: Callable[[], None], call: LMCall) -> None:
-            self._stream, self._received, self._call = stream, received, call
-            self._count = outgoing.Count()
+        def __init__(self, stream: Any, answer: outgoing.Answer, call: LMCall) -> None:
+            self._stream, self._answer, self._call = stream, answer, call
 
         def __iter__(self) -> Iterator[bytes]:
             return map(self._counted, self._stream)
@@ -156,10 +153,8 @@ def _body(httpx: Any) -> Callable[..., Any]:
                 yield self._counted(chunk)
 
         def _counted(self, chunk: bytes) -> bytes:
-            self._received()
             with _noted(self._call):
-                self._count.add(chunk)
-            return chunk
+                return self._answer.piece(chunk)
 
         def close(self) -> None:
             self._stream.close()
@@ -167,7 +162,8 @@ def _body(httpx: Any) -> Callable[..., Any]:
         async def aclose(self) -> None:
             await self._stream.aclose()
 
-    return Body
+    httpx.Client.send = _sending_sync(Body, httpx.Client.send)
+    httpx.AsyncClient.send = _sending(Body, httpx.AsyncClient.send)
 
 
 @contextmanager
@@ -198,13 +194,11 @@ def _guarded_call(client: Any, request: Any, options: dict[str, Any]) -> LMCall 
 
 
 def _check(body: Any, response: Any, request: Any, call: LMCall) -> None:
-    received = admission.answered(response.status_code, response.headers.get)
-    if _is_private(request):
-        outgoing.not_redirected(response.status_code, response.headers.get("location"))
-    response.stream = body(response.stream, received, call)
+    answer = outgoing.Answer(response.status_code, response.headers.get, private=_is_private(request))
+    response.stream = body(response.stream, answer, call)
 
 
-def _sending(body: Any, failures: tuple[type[Exception], ...], send: Callable[..., Any]) -> Callable[..., Any]:
+def _sending(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(send)
     async def sent(self: Any, request: Any, **options: Any) -> Any:
         call = _guarded_call(self, request, options)
@@ -212,16 +206,14 @@ def _sending(body: Any, failures: tuple[type[Exception], ...], send: Callable[..
             return await send(self, request, **options)
         stream = options.pop("stream", False)
 
-        async def attempt(seconds: float) -> Any:
-            timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
-            request.extensions = {**request.extensions, "timeout": timeouts}
+        async def attempt(seconds: float | None) -> Any:
+            if seconds is not None:
+                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+                request.extensions = {**request.extensions, "timeout": timeouts}
             return await send(self, request, stream=True, **options)
 
         with _noted(call):
-            if call.target is None:
-                response = await send(self, request, stream=True, **options)
-            else:
-                response = await outgoing.connect(attempt, call.target, str(request.url), failures)
+            response = await outgoing.connect(attempt, call.target, str(request.url))
             try:
                 _check(body, response, request, call)
                 if not stream:

@@ -28,10 +28,14 @@ from dspy_bridge.lm.transport import admission
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
+# Of an LM to its server: `max_in_flight` bounds them. By default there are 100, and further calls wait.
+_CONNECTIONS = 100_000
 # Between attempts to connect, in seconds. Each further delay is twice as long.
 _FIRST_DELAY = 0.1
 # A transport may take a timeout of 0 for none.
 _SHORTEST = 0.001
+# What DSPy's transports and LiteLLM's clients raise if there is no connection.
+_NO_CONNECTION = ("ConnectError", "ConnectTimeout")
 T = TypeVar("T")
 
 
@@ -43,39 +47,42 @@ class LMUnreachable(dspy.LMError):  # type: ignore[misc]
     """No connection to the LM's server. DSPy does not try again."""
 
 
-class Count:
-    """Counts the bytes of one answer."""
+class Answer:
+    """An answer, of which each piece is counted. Redirects and what is too long raise `LMAnswerRefused`."""
 
-    def __init__(self) -> None:
+    def __init__(self, status: int, header: Callable[[str], str | None], *, private: bool = True) -> None:
+        """`private`: a redirect would take a prompt or a key to another server."""
+        self._received = admission.answered(status, header)
         self._left = most
+        if private and 300 <= status < 400:
+            to = urlsplit(header("location") or "").hostname or "another path"
+            raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
 
-    def add(self, piece: bytes) -> None:
-        """Raises `LMAnswerRefused`."""
+    def piece(self, piece: bytes) -> bytes:
+        """The piece."""
+        self._received()
         self._left -= len(piece)
         if self._left < 0:
             raise LMAnswerRefused(f"the answer is longer than DSPY_BRIDGE_MAX_LM_BYTES allows: {most} bytes")
+        return piece
 
 
-def not_redirected(status: int, location: str | None) -> None:
-    """Raises `LMAnswerRefused` for a redirect, which would take the prompt and the key to another server."""
-    if 300 <= status < 400:
-        to = urlsplit(location or "").hostname or "another path"
-        raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
-
-
-async def connect(
-    attempt: Callable[[float], Awaitable[T]], target: Target, url: str, failures: tuple[type[Exception], ...]
-) -> T:
+async def connect(attempt: Callable[[float | None], Awaitable[T]], target: Target | None, url: str) -> T:
     """What `attempt(seconds)` returns, which may take so long to connect. Raises `LMUnreachable` with host and port.
 
-    `failures`: what it raises if there is no connection. A server that is just being started may refuse at first, so
-    attempts that fail at once are repeated, within the target's `connect_timeout`; DSPy would try for 7 to 13 s.
+    `target`: None for an LM that your application made, which has its own timeouts. A server that is just being started
+    may refuse at first, so attempts that fail at once are repeated, within the target's `connect_timeout`; DSPy would
+    try for 7 to 13 s.
     """
+    if target is None:
+        return await attempt(None)
     end, delay = time.monotonic() + target.connect_timeout, _FIRST_DELAY
     while True:
         try:
             return await attempt(max(end - time.monotonic(), _SHORTEST))
-        except failures as error:
+        except Exception as error:
+            if type(error).__name__ not in _NO_CONNECTION:
+                raise
             if not target.retries or time.monotonic() + delay >= end:
                 parts = urlsplit(url)
                 port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -87,37 +94,29 @@ async def connect(
 
 def install() -> None:
     """Wrap them, once in a process."""
+    dspy_internals.CONNECTIONS.wrap(lambda options: lambda config: {"max_connections": _CONNECTIONS, **options(config)})
     dspy_internals.TRANSPORT.wrap(_sending)
     dspy_internals.ASYNC_TRANSPORT.wrap(_sending_async)
 
 
 def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
-    failures = tuple(name.value for name in dspy_internals.CONNECT_FAILURES if name.there)
-
     @functools.wraps(stream)
     @asynccontextmanager
     async def send(self: Any, request: Any) -> AsyncIterator[Any]:
         request, target = _traced(request), lm_call.target()
         async with admission.admitted(), AsyncExitStack() as stack:
-            if target is None:
-                response = await stack.enter_async_context(stream(self, request))
-            else:
 
-                async def attempt(seconds: float) -> Any:
-                    timed = dataclasses.replace(request, connect_timeout=seconds)
-                    return await stack.enter_async_context(stream(self, timed))
+            async def attempt(seconds: float | None) -> Any:
+                timed = dataclasses.replace(request, connect_timeout=seconds)
+                return await stack.enter_async_context(stream(self, timed))
 
-                response = await connect(attempt, target, request.url, failures)
-            received = admission.answered(response.status, response.header)
-            not_redirected(response.status, response.header("location"))
+            response = await connect(attempt, target, request.url)
+            answer = Answer(response.status, response.header)
 
             async def chunks() -> AsyncIterator[bytes]:
-                count = Count()
                 async with aclosing(aiter(response)) as pieces:
-                    async for chunk in pieces:
-                        received()
-                        count.add(chunk)
-                        yield chunk
+                    async for piece in pieces:
+                        yield answer.piece(piece)
 
             async def release(_consumed: bool) -> None:
                 await response.aclose()
@@ -134,15 +133,8 @@ def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
     @contextmanager
     def send(self: Any, request: Any) -> Iterator[Any]:
         with stream(self, _traced(request)) as response:
-            not_redirected(response.status, response.header("location"))
-
-            def chunks() -> Iterator[bytes]:
-                count = Count()
-                for chunk in response:
-                    count.add(chunk)
-                    yield chunk
-
-            yield _with_body(response, chunks(), lambda _consumed: response.close())
+            answer = Answer(response.status, response.header)
+            yield _with_body(response, map(answer.piece, response), lambda _consumed: response.close())
 
     return send
 

@@ -7,6 +7,7 @@ seconds to import, and for some names it logs in somewhere to find its answer. I
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -101,9 +102,9 @@ def refuse_elsewhere(model: str, custom_provider: str | None = None) -> None:
     target = lm_call.target()
     if target is None or target.key_of is None:
         return
-    ask = dspy_internals.LITELLM_PROVIDER
+    ask = importlib.import_module("litellm").get_llm_provider
     try:
-        found = str(ask.value(model)[1] if ask.there else model.partition("/")[0])
+        found = str(ask(model)[1])
     except Exception:  # a name that it does not know, and so does not serve
         return
     if found != _PROXY and provider(f"{found}/{model}") != target.key_of:

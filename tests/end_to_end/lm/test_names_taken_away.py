@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_server import Ended
 from peer import ROOT, Peer
 from taken_names import NAMES, without
-from tls_proxy import TLSProxy
 
 from dspy_bridge.lm import dspy_internals
 
-# Some cannot go alone: those that one `__init__` sets.
-GROUPS: dict[str, list[dspy_internals.Name]] = {}
-for _name in NAMES:
-    _owner = _name.dotted.rpartition(".")[0]
-    GROUPS.setdefault(_owner if _name.of_instances else _name.dotted, []).append(_name)
-# Below LiteLLM.
-LAZY = [
-    name
-    for name in dspy_internals.names
-    if name.module in dspy_internals.HTTP_SENDS and importlib.util.find_spec(name.module)
-]
-GONE_ALREADY = sorted(name.dotted for name in dspy_internals.names if not name.lazy and not name.there)
+GONE_ALREADY = sorted(name.dotted for name in dspy_internals.names if not name.there)
 ASK = {"inputs": {"question": "Why?"}}
 TOOL = {"name": "look", "args": {"query": {"type": "str"}}}
 WARNING = re.compile(r"WARNING dspy_bridge: names inside DSPy \S+ are not as expected: .*")
@@ -110,60 +95,10 @@ def test_without_any_name_an_lm_is_asked(start: Callable[..., Peer], start_lm: A
     assert result == {"answer": "Paris"} and len(server.requests) == 1
 
 
-@pytest.mark.parametrize("how", ["gone", "called"])
-def test_without_the_place_where_calls_end_answers_are_taken_as_they_are(
-    start: Callable[..., Peer], start_lm: Any, how: str
-) -> None:
-    """How they ended is null in meta, and what they cost. Tokens are counted still, and the history has the calls."""
-    server = start_lm(Ended("[[ ## answer ## ]]\nhalf"))
-    name = dspy_internals.FINALIZE
-    peer = start([name], how)
-    lm = {"model": "openai/gpt-4o-mini", **server.options()}
-    assert peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": lm})["success"]
-    reply = peer.call("execute_program", {"program_id": "qa", **ASK}, history=True)
-    assert reply["result"] == {"answer": "half"}
-    meta = reply["meta"]
-    assert (meta["finish_reasons"], meta["cost_usd"], meta["fallbacks"]) == ([None], None, 0)
-    assert meta["lm_usage"]["openai/gpt-4o-mini"]["completion_tokens"] == 7
-    (entry,) = meta["history"]
-    assert entry["outputs"] == ["[[ ## answer ## ]]\nhalf"] and entry["usage"]["completion_tokens"] == 7
-    assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
-    assert "cut-off answers are not refused" in peer.finish()[2]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("taken", GROUPS.values(), ids=GROUPS)
-def test_without_one_name_plain_programs_work(start: Callable[..., Peer], taken: list[dspy_internals.Name]) -> None:
-    all_work(start(taken), taken)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAZY, ids=lambda name: name.dotted)
-def test_without_a_name_below_litellm_an_lm_is_asked_by_it(
-    start: Callable[..., Peer], start_lm: Any, name: dspy_internals.Name
-) -> None:
-    peer = start([name])
-    lm = {"model": "openai/stub", "extra_headers": {"X-Way": "litellm"}, **start_lm().options()}
-    assert peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": lm})["success"]
-    assert run(peer, "qa")[0] == {"answer": "Paris"}
-    assert peer.call("get_stats")["result"]["degraded"] == sorted([*GONE_ALREADY, name.dotted])
-    assert len(WARNING.findall(peer.finish()[2])) == (2 if GONE_ALREADY else 1)
-
-
-@pytest.mark.slow
-def test_without_litellms_answer_the_peers_key_goes_by_names_with_a_provider_alone(tmp_path: Path) -> None:
-    proxy = TLSProxy()
-    options = {"api_key": "sk-of-the-peer-1", "extra_headers": {"X-Team": "1"}, "num_retries": 0, "cache": False}
-    env = {"DSPY_BRIDGE_LM": "openai/gpt-4o", "DSPY_BRIDGE_LM_OPTIONS": json.dumps(options), **proxy.env}
-    with Peer(env={**env, **without([dspy_internals.LITELLM_PROVIDER], "gone", tmp_path)}) as peer:
-        for name, count in (("openai/gpt-4.1", 1), ("gpt-4.1", 0)):
-            peer.call("create_program", {"id": "qa", "signature": "question -> answer", "lm": name})
-            reply = peer.call("execute_program", {"program_id": "qa", **ASK})
-            assert reply["error_type"] == "lm_error" and len(proxy.sent) == count, (name, reply)
-            assert all("sk-of-the-peer-1" in request.text for request in proxy.sent)
-            proxy.sent.clear()
-        assert dspy_internals.LITELLM_PROVIDER.dotted in peer.call("get_stats")["result"]["degraded"]
-    proxy.stop()
+@pytest.mark.parametrize("taken", NAMES, ids=lambda name: name.dotted)
+def test_without_one_name_plain_programs_work(start: Callable[..., Peer], taken: dspy_internals.Name) -> None:
+    all_work(start([taken]), [taken])
 
 
 def test_a_dspy_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import psutil
 import pytest
 from optimizing_host import JUDGE, SCORING, Desk, first_of
 from peer import PATIENCE
@@ -61,27 +59,3 @@ def tool_call(desk: Desk, id: int) -> dict[str, Any]:
 
 def answer(desk: Desk, call: dict[str, Any]) -> None:
     desk.peer.send({"tool_result": {"call_id": call["call_id"], "success": True, "result": 0}})
-
-
-@pytest.mark.parametrize("ends", ["by itself", "by a cancel", "by its budget"])
-def test_its_connections_to_lms_are_closed(desk: Desk, ends: str) -> None:
-    """At once, and not when garbage is collected, which an idle peer never does."""
-    desk.execute()
-    before = connections(desk)
-    desk.serve(held_after=20 if ends == "by a cancel" else None)
-    teacher = {"model": "openai/teacher", **desk.server.options()}
-    budget = {"budget": {"lm_calls": 15}} if ends == "by its budget" else {}
-    id = desk.start("random_search", num_threads=THREADS, teacher_lm=teacher, **budget)
-    if ends == "by a cancel":
-        desk.lm_holds(21)
-        assert connections(desk) > before
-        desk.peer.send({"cancel": id})
-    assert desk.reply_to(id)["success"] is (ends != "by a cancel")
-    end = time.monotonic() + PATIENCE
-    while (now := connections(desk)) > before:
-        assert time.monotonic() < end, (before, now)
-
-
-def connections(desk: Desk) -> int:
-    """Open ones of the peer to its LM."""
-    return len(psutil.Process(desk.peer.process.pid).net_connections())

@@ -146,15 +146,6 @@ def test_a_call_that_fails_has_its_error_and_costs_nothing(make: Any) -> None:
     assert (event["error_type"], event["finish_reason"], event["output_tokens"]) == ("CutOff", "length", 7)
 
 
-def test_tokens_of_a_call_that_failed_after_its_answer_count(make: Any) -> None:
-    """Of two completions the second is refused: the first was billed, at a price that DSPy does not tell."""
-    peer, _ = make(script(chat(answer="a"), (400, {"error": {"message": "no"}})), config={"n": 2, "temperature": 1.0})
-    reply = peer.call("execute_program", ASK, meta=True)
-    assert reply["error_type"] == "lm_error" and reply["meta"]["lm_calls"] == 1
-    assert reply["meta"]["lm_usage"][PRICED]["completion_tokens"] == 7
-    assert (reply["meta"]["finish_reasons"], reply["meta"]["cost_usd"]) == ([None], None)
-
-
 @pytest.mark.parametrize("end", ["timeout", "cancelled"])
 def test_a_run_that_is_stopped_tells_its_calls_up_to_then(make: Any, end: str) -> None:
     waiting = threading.Event()
