@@ -47,6 +47,13 @@ def test_an_lm_that_dspy_refuses_has_its_words(tmp_path: Path) -> None:
     assert list(found) == ["refused"] and found["refused"].startswith("LMConfigurationError: [openai/o3] ")
 
 
+def test_what_needs_litellm_where_that_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['litellm'] = None\n")
+    for model, options in (("mistral/x", {}), ("openai/x", {"organization": "o"})):
+        found = facts(model, tmp_path, options, PYTHONPATH=str(tmp_path))
+        assert list(found) == ["lacking"] and "`mix dspex.setup --with litellm`" in found["lacking"]
+
+
 @pytest.mark.slow  # it imports LiteLLM
 def test_an_lms_engine_needs_dspy_3_4(tmp_path: Path) -> None:
     found = facts("openai/gpt-4o-mini", tmp_path, {"engine": "litellm"})
