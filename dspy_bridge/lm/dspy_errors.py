@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import dspy
 
 from dspy_bridge.errors import (
@@ -26,20 +28,35 @@ def translate(error: Exception, settings: list[str]) -> Exception:
     known = _by_type(error)
     if known is not None:
         return known
-    frames = _frames(error)
+    frames = [
+        (str(frame.f_globals.get("__name__")), frame.f_code.co_name)
+        for frame, _line in traceback.walk_tb(error.__traceback__)
+    ]
     unfit = InvalidArgs(f"inputs: DSPy cannot write them into a prompt: {error}")
     if any(function == "format" and module.startswith("dspy.adapters") for module, function in frames):
         return unfit
     parsing = any(function == "parse" and module.startswith(_ADAPTERS) for module, function in frames)
-    if parsing and (
-        isinstance(error, RecursionError) or any(_package(module) in _JSON_READERS for module, _ in frames)
-    ):
+    if parsing and (isinstance(error, RecursionError) or any(module.startswith(_JSON_READERS) for module, _ in frames)):
         return OutputInvalid(
             f"the LM's answer could not be read: {type(error).__name__}, as of what is nested too deeply"
         )
-    if _is_of_the_request(error, frames):
+    module, function = frames[-1]
+    # Code of an LM or an adapter may raise the same types, with contents in the message: that is a defect. Errors of an
+    # LM's engine are errors of the LM: DSPy makes them so.
+    making = any(passed.startswith(_CALLS) for passed, _ in frames)
+    making = making or (module.startswith("dspy.adapters") and function in ("acall", "__call__"))
+    if making and module.startswith("dspy.") and isinstance(error, _REFUSALS):
         return InvalidArgs(f"{' or '.join(settings)}: {error}") if settings else unfit
     return error
+
+
+_ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.adapters")
+# DSPy's adapters read JSON with these, which raise errors of their own for what is nested too deeply.
+_JSON_READERS = ("json.", "json_repair")
+# Where DSPy reads a predictor's settings, and makes the request.
+_CALLS = ("dspy.predict.predict", "dspy.clients")
+# What Python's own errors are that DSPy refuses an LM's settings, or a prompt, with.
+_REFUSALS = (AttributeError, TypeError, ValueError, OverflowError)
 
 
 def _by_type(error: Exception) -> BridgeError | None:
@@ -71,40 +88,3 @@ def _by_type(error: Exception) -> BridgeError | None:
         refused = isinstance(error, (dspy.LMAuthError, dspy.LMBillingError))
         return LMFailed(f"{type(error).__name__}: {error}", dspy.is_retryable_lm_error(error), refused=refused)
     return None
-
-
-_ADAPTERS = ("dspy.adapters", "dspy_bridge.lm.adapters")
-# DSPy's adapters read JSON with these, which raise errors of their own for what is nested too deeply.
-_JSON_READERS = ("json", "json_repair")
-# Where DSPy reads a predictor's settings, and makes the request.
-_CALLS = ("dspy.predict.predict", "dspy.clients")
-# What Python's own errors are that DSPy refuses an LM's settings, or a prompt, with.
-_REFUSALS = (AttributeError, TypeError, ValueError, OverflowError)
-
-
-def _is_of_the_request(error: Exception, frames: list[tuple[str, str]]) -> bool:
-    """Whether DSPy refused to make a request of settings and prompt.
-
-    Code of an LM or an adapter may raise the same types, with contents in the message: that is a defect.
-    """
-    module, function = frames[-1]
-    if not isinstance(error, _REFUSALS) or _package(module) != "dspy":
-        return False
-    # Those of an LM's engine are errors of the LM: DSPy makes them so.
-    making = any(passed.startswith(_CALLS) for passed, _ in frames)
-    return making or (module.startswith("dspy.adapters") and function in ("acall", "__call__"))
-
-
-def _frames(error: Exception) -> list[tuple[str, str]]:
-    """The module and function of each frame that the error passed, the one that raised it last."""
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        frames.append((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
-        traceback = traceback.tb_next
-    return frames
-
-
-def _package(module: str) -> str:
-    return module.partition(".")[0]

@@ -105,11 +105,11 @@ def silence_attempts() -> None:
 
 # What LMs are sent: by DSPy's own transports, and by LiteLLM.
 _OUTGOING = "LM requests carry no traceparent and their answers have no limit"
-TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibTransport.stream", _OUTGOING, "self", "request")
-ASYNC_TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
+TRANSPORT = Name("dspy._vendor.lm15.transports:StdlibAsyncTransport.stream", _OUTGOING, "self", "request")
 CONNECTIONS = Name("dspy.lm15:RouterConfig.transport_kwargs", "past 100 calls at once an LM's calls wait", "self")
-LITELLM_ENGINE, ASYNC_LITELLM_ENGINE = (
-    Name(f"dspy.clients.execution:{engine}", _OUTGOING) for engine in ("LiteLLMEngine", "AsyncLiteLLMEngine")
+LITELLM_ENGINE = Name("dspy.clients.execution:AsyncLiteLLMEngine", _OUTGOING)
+CALL, ASYNC_CALL = (
+    Name(f"dspy.clients.execution:{name}", f"in threads {_OUTGOING}", "lm", "call") for name in ("execute", "aexecute")
 )
 # How answers are read.
 JSON_FALLBACK = Name(
@@ -142,18 +142,20 @@ RESPONSE_MODEL = Name(
 FORMAT_TRAJECTORY = Name("dspy:ReAct._format_trajectory", _ANEW, "self", "trajectory")
 
 # What DSPy looks up for each LM call: see `transport/routes`.
-_LOOKUPS = "LM calls are slower"
-RESOLVE = Name("dspy.clients.capabilities:resolve", _LOOKUPS, "lm")
-OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _LOOKUPS, "config", "model_type")
+_SLOWER = "LM calls are slower"
+RESOLVE = Name("dspy.clients.capabilities:resolve", _SLOWER, "lm")
+OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _SLOWER, "config", "model_type")
 SELECT_BACKEND = Name("dspy.clients.backend_selection:select_backend", "LiteLLM is imported by its first call", "lm")
-PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _LOOKUPS)
+PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _SLOWER)
 
 # What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.
-_SLOWER = "LM calls are slower"
 _EXECUTION = "dspy.clients.execution"
-PREPARE = Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt")
-PRICE_RESULT = Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result")
-ROUTE = Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request")
+# Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
+STEPS = [
+    Name(f"{_EXECUTION}:prepare", "LM calls are slower; wrong LM settings are `internal` errors", "lm", "prompt"),
+    Name(f"{_EXECUTION}:_price_result", _SLOWER, "lm", "result"),
+    Name("dspy.clients.engines:AsyncLM15Engine._target", _SLOWER, "self", "request"),
+]
 CACHE_STEPS = [Name(f"{_EXECUTION}:{step}", _SLOWER, "lm", "call") for step in ("_cached", "_store")]
 
 # Streams.

@@ -24,7 +24,7 @@ if not hasattr(dspy, "lm15"):
 
 from dspy_bridge.lm import answer_cache, dspy_internals, event_loop_lm, lm_call, lm_factory, lm_options, main_loop
 from dspy_bridge.lm.adapters import built_once, guarded_adapters, json_answers
-from dspy_bridge.lm.metering import endings, meter
+from dspy_bridge.lm.metering import endings
 from dspy_bridge.lm.offline import offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
@@ -54,14 +54,12 @@ class LMs:
         litellm_route.install()
         json_answers.install()
         built_once.install()
-        event_loop_lm.watch_executors()
+        event_loop_lm.install()
         routes.install()
         endings.install()
-        meter.install()
-        # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
-        steps = [dspy_internals.PREPARE, dspy_internals.ROUTE, dspy_internals.PRICE_RESULT]
+        guarded_adapters.install()
         # A cache on disk is waited for.
-        steps += dspy_internals.CACHE_STEPS if settings.disk_cache is None else []
+        steps = dspy_internals.STEPS + (dspy_internals.CACHE_STEPS if settings.disk_cache is None else [])
         inline_executor.allow(step.value for step in steps if step.there)
         redaction.learn_environment()
         redaction.learn(settings.lm_options, for_good=True)
@@ -157,15 +155,21 @@ class LMs:
             raise LMNotConfigured(self._lacking or "no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
         redaction.remember(getattr(lm, "secrets", ()))
         chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
+        run = run or lm_call.RunContext(None)
+        run.meter = None if run.call is None else run.call.meter
+        watching = [offline_lm.WatchFormat()] if isinstance(lm, offline_lm.OfflineLM) else []
+        watching += [] if run.meter is None else [run.meter]
         settings = {
             "lm": lm,
             "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
-            lm_call.RUN: run or lm_call.RunContext(None),
+            "callbacks": [*dspy.settings.callbacks, *watching],
+            lm_call.RUN: run,
         }
-        if isinstance(lm, offline_lm.OfflineLM):
-            settings["callbacks"] = [*dspy.settings.callbacks, offline_lm.WatchFormat()]
-        with dspy.context(**settings):
-            yield
+        try:
+            with dspy.context(**settings):
+                yield
+        finally:
+            run.meter = None  # it has the run's LM calls, and they the run: a cycle would keep its inputs for long
 
 
 def _call_init(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from typing import Any
 
@@ -42,25 +43,12 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         return self
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        """As `dspy.LM`'s."""
         async with lm_call.run().slot() or nullcontext():
             with lm_call.of(self.target):
                 return await super().acall(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `dspy.LM`'s."""
-        event_loop.refuse_sync_call()
-        call = self.acall(*args, **kwargs)
-        job, loop = lm_call.job(), main_loop.get()
-        if job is not None:
-            return job.on_lm_loop(call)
-        # In a thread that a module started without its context.
-        return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `dspy.LM`'s; `__call__` does not come here."""
-        event_loop.refuse_sync_call()
-        return super().forward(*args, **kwargs)
+        return _on_loop(self.acall, *args, **kwargs)
 
     supports_function_calling = _support("function_calling")
     supports_reasoning = _support("reasoning")
@@ -80,9 +68,33 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         return params
 
 
-def watch_executors() -> None:
-    """Watch DSPy's executor, which runs a batch, `dspy.Parallel` and evaluations in threads and waits for them."""
+def _on_loop(work: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs: Any) -> Any:
+    event_loop.refuse_sync_call()
+    call, job, loop = work(*args, **kwargs), lm_call.job(), main_loop.get()
+    if job is not None:
+        return job.on_lm_loop(call)
+    # In a thread that a module started without its context.
+    return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
+
+
+def install() -> None:
+    """Watch DSPy's executor, which runs a batch, `dspy.Parallel` and evaluations in threads and waits for them.
+
+    Sync calls of LMs that your application made come to the event loop, too. Once in a process.
+    """
     dspy_internals.EXECUTE.wrap(_watched)
+    if dspy_internals.ASYNC_CALL.there:
+        dspy_internals.CALL.wrap(_called_on_loop)
+
+
+def _called_on_loop(execute: Any) -> Any:
+    def executed(lm: Any, call: Any) -> Any:
+        # An engine of its own may have no async counterpart, and so may a `forward`.
+        if not call.managed or not isinstance(lm.engine, str):
+            return execute(lm, call)
+        return _on_loop(dspy_internals.ASYNC_CALL.value, lm, call)
+
+    return executed
 
 
 def _watched(execute: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import copy
 import weakref
 from contextlib import suppress
@@ -62,23 +61,8 @@ def warm_up(lm: dspy.BaseLM) -> None:
             litellm_route.start()
 
 
-# A loop keeps no reference to its tasks.
-_closing: set[asyncio.Task[None]] = set()
-
-
 def _close(lm: Any) -> None:
     """Called on any thread."""
-
-    async def close() -> None:
-        with suppress(Exception):  # connections that were broken already
-            await lm.aclose()
-
-    def start() -> None:
-        task = asyncio.get_running_loop().create_task(close())
-        _closing.add(task)
-        task.add_done_callback(_closing.discard)
-
     for loop in (main_loop.get(), *large_inputs.loops()):
-        with suppress(RuntimeError):  # the loop is closed
-            if loop is not None:
-                loop.call_soon_threadsafe(start, context=contextvars.Context())
+        if loop is not None and not loop.is_closed():
+            asyncio.run_coroutine_threadsafe(lm.aclose(), loop)

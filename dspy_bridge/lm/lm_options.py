@@ -36,25 +36,13 @@ _OF_CALLS = (
     *("metadata", "store", "service_tier", "web_search_options", "extra_body", "cache", "rollout_id", "extra"),
 )
 _OF_LMS = (
-    "model",
-    "model_type",
-    "num_retries",
-    "use_developer_role",
-    "finetuning_model",
-    "engine",
-    "inherit",
-    "answers",
-    "supports",
+    *("model", "model_type", "num_retries", "use_developer_role", "finetuning_model", "engine"),
+    *("inherit", "answers", "supports"),
 )
 # Options of `dspy.LM` that are Python objects, which JSON cannot give.
 _OBJECTS = frozenset(
     (
-        "async_engine",
-        "callbacks",
-        "launch_kwargs",
-        "prompt_cache",
-        "provider",
-        "train_kwargs",
+        *("async_engine", "callbacks", "launch_kwargs", "prompt_cache", "provider", "train_kwargs"),
         "azure_ad_token_provider",
     )
 )

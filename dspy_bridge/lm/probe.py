@@ -13,9 +13,8 @@ from typing import Any, Literal
 import dspy
 import pydantic
 
-from dspy_bridge.lm import lm_options, rate_limits
-from dspy_bridge.lm.event_loop_lm import LoopLM
-from dspy_bridge.lm.lm_call import Target
+from dspy_bridge.errors import InvalidArgs
+from dspy_bridge.lm import lm_factory, lm_options
 from dspy_bridge.lm.transport import litellm_route, outgoing
 
 # For each question; a small model on a busy machine takes long to read even these.
@@ -73,15 +72,12 @@ def ask(model: str, of_dspy: dict[str, Any], supports: frozenset[str] | None) ->
 
 
 def _make(model: str, of_dspy: dict[str, Any]) -> Any:
-    options = {**of_dspy, "cache": False, "num_retries": 0}
+    options = {"model": model, **of_dspy, "cache": False, "num_retries": 0}
     limited = {"max_tokens", "max_completion_tokens"} & options.keys()
     try:
-        lm = LoopLM(model, **({} if limited else {"max_tokens": _MAX_TOKENS}), **options)
-    except (dspy.LMError, ValueError):  # a reasoning model, which needs more
-        lm = LoopLM(model, **options)
-    lane = rate_limits.lane("doctor", rate_limits.Limits())
-    lm.target = Target("doctor", None, lm_options.CONNECT_TIMEOUT, False, None, lane)
-    return lm
+        return lm_factory.make({**options, **({} if limited else {"max_tokens": _MAX_TOKENS})})
+    except InvalidArgs:  # a reasoning model, which needs more
+        return lm_factory.make(options)
 
 
 def _call(lm: Any, found: dict[str, Any], question: str, *, must: bool = False, **options: Any) -> Any:

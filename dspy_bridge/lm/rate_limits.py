@@ -13,12 +13,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import sha256
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from dspy_bridge.errors import Overloaded
 
-# Accounts, and kinds of limits of one: counts outlive the LMs, as the next LM of the account goes on with them.
+# Accounts: their counts outlive the LMs, as the next LM of the account goes on with them.
 _MOST_GATES = 1000
-_MOST_LANES = 100
 # The longest pause that a server may ask for, in seconds: a day.
 _LONGEST_PAUSE = 86_400.0
 INFINITE = float("inf")
@@ -62,16 +62,12 @@ class Ticket:
 
     __slots__ = ("deadline", "lane", "running", "settle")
 
-    def __init__(self, lane: Lane, deadline: float | None) -> None:
+    def __init__(self, lane: Lane, deadline: float | None, settle: Callable[[Overloaded | None], object]) -> None:
         """`deadline`: in seconds of the gate's clock; None for none."""
         self.lane = lane
         self.deadline = deadline
-        self.settle: Callable[[Overloaded | None], object] = _nothing
+        self.settle = settle
         self.running = False
-
-
-def _nothing(_refusal: Overloaded | None) -> None:
-    pass
 
 
 class Lane:
@@ -107,16 +103,16 @@ class Lane:
 class Gate:
     """The requests to one server with one key. After each change `advance` must be called.
 
-    `watched`: whether requests need a ticket; else nothing limits them. `counts_tokens`: whether `spend` does.
+    `watched`: whether requests need a ticket; else nothing limits them.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.watched = False
-        self.counts_tokens = False
         self.in_flight = 0
         self.paused_until = 0.0
-        self._lanes: OrderedDict[Limits, Lane] = OrderedDict()
+        # Those of LMs that are there, and of their requests.
+        self._lanes: WeakValueDictionary[Limits, Lane] = WeakValueDictionary()
 
     def lanes(self) -> list[Lane]:
         """A copy: LMs are made in other threads, too."""
@@ -128,18 +124,13 @@ class Gate:
         if found is None:
             found = self._lanes[limits] = Lane(self, limits)
             self.watched = self.watched or limits != Limits()
-            self.counts_tokens = self.counts_tokens or limits.tokens_per_minute is not None
-            idle = [lane for lane in self.lanes() if not lane.waiting and lane is not found]
-            if len(self._lanes) > _MOST_LANES and idle:
-                del self._lanes[idle[0].limits]
         return found
 
     def enter(self, ticket: Ticket) -> None:
-        """Take a place at the end of its lane. Raises `Overloaded` if the wait would go past the deadline."""
+        """Take a place at the end of its lane, unless the wait would go past the deadline."""
         if (refusal := self._refusal(ticket, len(ticket.lane.waiting))) is not None:
-            raise refusal
-        # Its lane may have been forgotten, and another LM may have made it anew.
-        ticket.lane = self._lanes.setdefault(ticket.lane.limits, ticket.lane)
+            ticket.settle(refusal)
+            return
         ticket.lane.waiting[ticket] = None
 
     def leave(self, ticket: Ticket) -> None:

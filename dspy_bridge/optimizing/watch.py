@@ -76,7 +76,7 @@ def _name_role(error: BridgeError, role: str) -> None:
 
 def _requests_are_counted(lm: Any) -> bool:
     """Whether `transport` sees each of its requests, so that a call that the cache answers costs nothing."""
-    return isinstance(lm, LoopLM) and not isinstance(lm, OfflineLM) and dspy_internals.ASYNC_TRANSPORT.there
+    return isinstance(lm, LoopLM) and not isinstance(lm, OfflineLM) and dspy_internals.TRANSPORT.there
 
 
 def tolerant(adapter: dspy.Adapter) -> dspy.Adapter:

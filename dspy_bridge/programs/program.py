@@ -116,7 +116,7 @@ class Program:
         found = self._lm_for({}, lm)[1] or dspy.settings.lm
         # Optimizers write into its settings.
         own = found and found.copy()
-        with self._lms.context(own, self.runner.adapter(self._adapter), run), _metered(run):
+        with self._lms.context(own, self.runner.adapter(self._adapter), run):
             yield
 
     def lm(self, given: object, where: str) -> dspy.BaseLM:
@@ -155,7 +155,7 @@ class Program:
         run = lm_call.RunContext(call.ends if ends is None else ends, call)
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         try:
-            with self._lms.context(own_lm, runner.adapter(self._adapter), run), _metered(run):
+            with self._lms.context(own_lm, runner.adapter(self._adapter), run):
                 outputs = await self._run(values, run, stream, attempts)
         except Exception as error:
             raise dspy_errors.translate(error, given) from error
@@ -233,20 +233,6 @@ class Program:
         kind = type(prediction).__name__
         text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
         raise OutputInvalid(text, by_lm=False)
-
-
-@contextmanager
-def _metered(run: lm_call.RunContext) -> Iterator[None]:
-    """Around a run, whose meter counts if the client wants meta."""
-    run.meter = run.call.meter
-    if run.meter is None:
-        yield
-        return
-    try:
-        with dspy.context(callbacks=[*dspy.settings.callbacks, run.meter]):
-            yield
-    finally:
-        run.meter = None  # it has the run's LM calls, and they the run: a cycle would keep its inputs for long
 
 
 def _without_types(value: Any) -> Any:

@@ -79,7 +79,6 @@ class ChatReader(Reader):
         self._half = ""
 
     def feed(self, piece: str) -> Iterator[Chunk]:
-        """As `Reader`'s."""
         piece = self._half + piece
         self._half = "\r" if piece.endswith("\r") else ""
         for part in piece[: len(piece) - len(self._half)].splitlines(keepends=True):
@@ -140,7 +139,6 @@ class XMLReader(Reader):
         self._fed = len(b"<all>")
 
     def feed(self, piece: str) -> Iterator[Chunk]:
-        """As `Reader`'s."""
         if self._parser is not None:
             try:
                 data = piece.encode()
@@ -188,7 +186,6 @@ class JSONReader(Reader):
         self._sent = dict.fromkeys(self.fields, 0)
 
     def feed(self, piece: str) -> Iterator[Chunk]:
-        """As `Reader`'s."""
         if self._answer is None:
             return
         try:

@@ -30,16 +30,9 @@ _READERS |= {guarded_adapters.GUARDED[kind]: reader for kind, reader in _READERS
 _BEFORE = ("reasoning", "rationale")
 
 
-class _Answer:
-    """The answer to one LM call. `format` is None for adapters other than those above."""
-
-    def __init__(self, adapter: dspy.Adapter) -> None:
-        self.format = _READERS.get(type(adapter))
-        self.reader: field_parsers.Reader | None = None
-
-
-# Of this context's next or running LM call.
-_answer: ContextVar[_Answer | None] = ContextVar("answer", default=None)
+# The answer to the LM call that this context makes: its `format`, None for adapters other than those above, and its
+# `reader`.
+_answer: ContextVar[Any] = ContextVar("answer", default=None)
 
 
 class Stream:
@@ -143,7 +136,7 @@ class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
 
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Called by DSPy in the context of the next LM call."""
-        _answer.set(_Answer(instance))
+        _answer.set(SimpleNamespace(format=_READERS.get(type(instance)), reader=None))
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         if instance.name != "finish":

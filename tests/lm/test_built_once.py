@@ -1,14 +1,14 @@
-"""built_once: types and signatures are built once, found by identity, bounded, and given up when they change."""
+"""built_once: types are built once, found by identity; system messages follow their signatures."""
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import dspy
 import pydantic
 
 from dspy_bridge.lm.adapters import built_once
+from dspy_bridge.lm.adapters.guarded_adapters import guarded
 
 
 def test_a_type_is_built_once_and_by_its_identity() -> None:
@@ -22,23 +22,9 @@ def test_a_type_is_built_once_and_by_its_identity() -> None:
     assert len(made) == 2
 
 
-def test_what_is_made_of_a_signature_follows_its_changes_and_ends_with_it() -> None:
-    per_signature = built_once.PerSignature()
-    signature: Any = dspy.Signature("question -> answer", "Answer.")
-    texts = iter("abcdef")
-
-    def get(key: str = "system") -> str:
-        return str(per_signature.get(signature, key, lambda: next(texts)))
-
-    assert [get(), get(), get(key="schema"), get()] == ["a", "a", "b", "a"]
+def test_a_system_message_follows_the_instructions_of_its_signature() -> None:
+    adapter, signature = guarded(dspy.ChatAdapter(), strict=True), dspy.Signature("question -> answer", "Answer.")
+    before = adapter.format_system_message(signature)
+    assert adapter.format_system_message(signature) is before
     signature.instructions = "Answer in one word."
-    assert [get(), get()] == ["c", "c"]
-    signature.fields["answer"].json_schema_extra["desc"] = "a city"
-    assert [get(), get()] == ["d", "d"]
-    signature = signature.with_instructions("Answer in one word.")
-    assert get() == "e"
-    gc.collect()
-    assert len(per_signature._made) == 1
-    signature = None
-    gc.collect()
-    assert len(per_signature._made) == 0
+    assert "in one word" in adapter.format_system_message(signature)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-import dspy
 import pytest
+from dspy.clients.engines import LM15Engine
+from dspy.lm15 import RouterConfig, UnknownModelError
 
-from dspy_bridge.lm import dspy_internals, lm_call, rate_limits
+from dspy_bridge.lm import lm_call, rate_limits
 from dspy_bridge.lm.rate_limits import Limits
 from dspy_bridge.lm.transport import routes
 
@@ -60,17 +61,11 @@ def test_no_name_that_litellm_knows_takes_a_key_elsewhere() -> None:
 
 def test_routes_are_those_of_dspy() -> None:
     """Also of a model that no provider has."""
-    resolve = dspy_internals.RESOLVE.value
-    resolved = routes._resolving(resolve)
     for model, model_type in (("openai/gpt-4o-mini", "chat"), ("openai/o3", "responses"), ("anthropic/claude", "chat")):
-        lm = dspy.LM(model, model_type=model_type)
-        assert resolved(lm) == resolve(lm)
-        assert resolved(lm) is resolved(lm)
-    lm = dspy.LM("nobody/model")
-    for function in (resolve, resolved, resolved):
-        with pytest.raises(Exception) as raised:
-            function(lm)
-        assert type(raised.value).__name__ == "UnknownModelError"
+        dspys = LM15Engine(RouterConfig(env={}), model_type=model_type).resolve(model)
+        assert routes.route(model, model_type) == dspys
+    with pytest.raises(UnknownModelError):
+        routes.route("nobody/model", "chat")
 
 
 def test_a_change_of_the_proxies_is_seen_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

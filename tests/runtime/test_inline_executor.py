@@ -87,7 +87,7 @@ def test_the_short_steps_of_dspy_run_inline_after_the_first_call(
     start_lm: Callable[..., LMServer], disk_cache: str, tmp_path: Any
 ) -> None:
     """DSPy sends them to the executor in the way that is looked for; a cache on disk stays in threads."""
-    steps = [dspy_internals.PREPARE, dspy_internals.ROUTE, dspy_internals.PRICE_RESULT]
+    steps = list(dspy_internals.STEPS)
     if not disk_cache:
         steps += dspy_internals.CACHE_STEPS
     dspy_setup.LMs(Settings({"disk_cache": disk_cache and str(tmp_path)}))

@@ -7,7 +7,6 @@ and response schema for each call. What is sent stays the same to the byte. The 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -38,47 +37,13 @@ def per_type(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return get
 
 
-class PerSignature:
-    """Values made of a signature, while that is there and says the same."""
-
-    def __init__(self) -> None:
-        self._made: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
-
-    def get(self, signature: Any, key: Any, make: Callable[[], Any]) -> Any:
-        """The value of this signature and `key`."""
-        # All that a prompt has of it. It can be changed in place, though DSPy makes a new one.
-        says = (
-            signature.instructions,
-            [
-                (name, id(info.annotation), info.default, dict(info.json_schema_extra or ()))
-                for name, info in signature.fields.items()
-            ],
-        )
-        values = self._made.setdefault(signature, {})
-        found = values.get(key)
-        if found is None or found[0] != says:
-            found = values[key] = says, make()
-        return found[1]
-
-
 def install() -> None:
     """Put these in DSPy's place, once in a process."""
     adapter_of = per_type(pydantic.TypeAdapter)
     for name in dspy_internals.TYPE_ADAPTERS:
         name.wrap(lambda _type_adapter: adapter_of)
-    dspy_internals.RESPONSE_MODEL.wrap(_response_model)
+    dspy_internals.RESPONSE_MODEL.wrap(functools.lru_cache(_MOST))
     dspy_internals.FORMAT_TRAJECTORY.wrap(lambda _method: _format_trajectory)
-
-
-def _response_model(make: Callable[..., Any]) -> Callable[..., Any]:
-    models = PerSignature()
-
-    @functools.wraps(make)
-    def made(signature: Any, use_native_function_calling: bool = True) -> Any:
-        key = bool(use_native_function_calling)
-        return models.get(signature, key, lambda: make(signature, use_native_function_calling))
-
-    return made
 
 
 # The signature only says in which order the fields are written.

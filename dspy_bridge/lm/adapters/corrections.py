@@ -14,7 +14,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import OutputInvalid
-from dspy_bridge.lm import lm_call
+from dspy_bridge.lm import lm_call, prompts
 from dspy_bridge.lm.adapters import field_markers
 
 # How much of an earlier answer is shown, in characters: an LM that writes without end should not fill its own context.
@@ -90,11 +90,11 @@ def did_not_fit(kind: type, answer: Any, error: Exception) -> None:
         call.unfit[kind] = str(answer), error
 
 
-def add_to(messages: list[dict[str, Any]], kind: type, signature: Any) -> list[dict[str, Any]]:
-    """The messages of a prompt, with what is told of the attempt before."""
+def add_to(prompt: Any, kind: type, signature: Any) -> Any:
+    """The prompt, with what is told of the attempt before."""
     call = _call.get()
     if call is None or kind not in call.unfit:
-        return messages
+        return prompt
     answer, error = call.unfit.pop(kind)
     count = f"attempt {call.number - 1} of {call.attempts.most}"
     # It may quote the answer.
@@ -104,7 +104,7 @@ def add_to(messages: list[dict[str, Any]], kind: type, signature: Any) -> list[d
     # Providers refuse messages without content.
     answer = field_markers.without_types(answer) if answer.strip() else "(no answer)"
     shown = answer if len(answer) <= MOST_SHOWN else f"{answer[:MOST_SHOWN]}…"
-    return [*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": text}]
+    return prompts.with_turn(prompt, shown, text)
 
 
 def _what(error: BaseException) -> str:

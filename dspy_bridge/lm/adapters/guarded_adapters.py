@@ -18,14 +18,15 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import OutputInvalid
-from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import built_once, corrections, field_markers, json_answers
-from dspy_bridge.lm.metering import meter
+from dspy_bridge.lm import dspy_internals, lm_call, prompts
+from dspy_bridge.lm.adapters import corrections, field_markers, json_answers
 from dspy_bridge.runtime import event_loop
 
 Signature = type[dspy.Signature]
 
-_system_messages = built_once.PerSignature()
+# By adapter and signature: they depend on nothing else.
+_system_messages: dict[Any, Any] = {}
+_MOST_KEPT = 1_000
 
 # Large, and not text in a prompt.
 _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
@@ -39,20 +40,6 @@ def guarded(adapter: dspy.Adapter, *, strict: bool) -> dspy.Adapter:
     made = kind.__new__(kind)
     made.__dict__.update(adapter.__dict__, strict=strict)
     return made
-
-
-class _Formatted(str):
-    """Text that an adapter made of fields (a ReAct's trajectory): its markers are the adapter's own."""
-
-    __slots__ = ()
-
-
-def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with plain strings: LMs get no type of ours."""
-    return [
-        {**message, "content": str(message["content"])} if type(message.get("content")) is _Formatted else message
-        for message in messages
-    ]
 
 
 class _Guarded:
@@ -95,18 +82,21 @@ class _Guarded:
         return self._clean_output(text)
 
     def format(self, signature: Signature, demos: Any, inputs: Any) -> Any:
-        messages = _plain(super().format(signature, demos, inputs))  # type: ignore[misc]
+        messages = prompts.plain(super().format(signature, demos, inputs))  # type: ignore[misc]
         return corrections.add_to(messages, type(self), signature)
 
     def format_system_message(self, signature: Signature) -> Any:
-        # It depends on nothing else.
-        make = super().format_system_message  # type: ignore[misc]
-        return _system_messages.get(signature, type(self), lambda: make(signature))
+        key = type(self), signature, signature.instructions
+        if key not in _system_messages:
+            if len(_system_messages) >= _MOST_KEPT:
+                _system_messages.clear()
+            _system_messages[key] = super().format_system_message(signature)  # type: ignore[misc]
+        return _system_messages[key]
 
     def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
         clean = functools.partial(self._clean_input, signature)
         inputs = _cleaned(signature.input_fields, inputs, clean, clean if self._formatted_is_cleaned else str)
-        return _Formatted(super().format_user_message_content(signature, inputs, *args, **options))  # type: ignore[misc]
+        return prompts.Formatted(super().format_user_message_content(signature, inputs, *args, **options))  # type: ignore[misc]
 
     def format_assistant_message_content(self, signature: Signature, outputs: Any, *args: Any, **options: Any) -> Any:
         outputs = _cleaned(signature.output_fields, outputs, self._clean_output)
@@ -162,20 +152,26 @@ class JSONAdapter(_Guarded, dspy.JSONAdapter):  # type: ignore[misc]
         return super()._read(signature, json_answers.object_in(completion))
 
 
-def _guarded_fallback(self: Any) -> dspy.Adapter:
-    """Called by DSPy where it handles an error of `parse`."""
-    return guarded(meter.in_json(self), strict=self.strict)
-
-
-if dspy_internals.JSON_FALLBACK.there:
-    setattr(_Guarded, dspy_internals.JSON_FALLBACK.attribute, _guarded_fallback)
-
-
 GUARDED: dict[type, Any] = {
     dspy.ChatAdapter: ChatAdapter,
     dspy.JSONAdapter: JSONAdapter,
     dspy.XMLAdapter: XMLAdapter,
 }
+
+
+def install() -> None:
+    """Guard and count the adapters that DSPy goes on to where an answer could not be read. Once in a process."""
+    dspy_internals.JSON_FALLBACK.wrap(_in_json)
+
+
+def _in_json(fallback: Any) -> Any:
+    def in_json(adapter: Any) -> dspy.Adapter:
+        if (meter := lm_call.run().meter) is not None:
+            meter.fell_back()
+        made = fallback(adapter)
+        return guarded(made, strict=adapter.strict) if isinstance(adapter, _Guarded) else made
+
+    return in_json
 
 
 def _refuse_contradictions(fields: Collection[str], sections: Iterable[tuple[str, Any]]) -> None:
@@ -203,7 +199,7 @@ def _cleaned(
 
 
 def _clean_field(info: Any, value: Any, clean: field_markers.Change, clean_formatted: Callable[[str], str]) -> Any:
-    if type(value) is _Formatted:
+    if type(value) is prompts.Formatted:
         return clean_formatted(str(value))
     if isinstance(value, pydantic.BaseModel) and not isinstance(value, _MEDIA):
         # As in the prompt: for instance what RLM's code has printed.

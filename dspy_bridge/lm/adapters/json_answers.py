@@ -15,9 +15,7 @@ import functools
 import json
 from typing import Any
 
-import dspy
 import json_repair
-import pydantic
 
 from dspy_bridge.lm import dspy_internals, lm_call
 
@@ -37,11 +35,10 @@ def install() -> None:
 def _choosing(choose: Any) -> Any:
     @functools.wraps(choose)
     def chosen(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
+        before = lm_kwargs.get("response_format")
         choose(adapter, lm, lm_kwargs, signature)
         asked = lm_kwargs.get("response_format")
-        # Native function calls are not part of the answer's text.
-        kinds = {field.annotation for field in signature.output_fields.values()} - {dspy.ToolCalls}
-        if isinstance(asked, type) and any(map(_has_map, kinds)):
+        if asked is not before and isinstance(asked, type) and _has_map(asked):
             asked = lm_kwargs["response_format"] = {"type": "json_object"}
         meter = lm_call.run().meter
         if meter is not None and asked == {"type": "json_object"} and lm.supports_response_schema:
@@ -51,11 +48,9 @@ def _choosing(choose: Any) -> Any:
 
 
 @functools.lru_cache(256)
-def _has_map(annotation: Any) -> bool:
-    try:
-        return _in_schema(pydantic.TypeAdapter(annotation).json_schema())
-    except (pydantic.PydanticUserError, ValueError):
-        return False  # DSPy finds it out, too
+def _has_map(model: Any) -> bool:
+    schema = model.model_json_schema()
+    return _in_schema([schema.get("properties"), schema.get("$defs")])
 
 
 def _in_schema(schema: Any) -> bool:

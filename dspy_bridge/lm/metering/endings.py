@@ -50,7 +50,7 @@ def _ended(lm: Any, entry: dict[str, Any]) -> None:
     reasons = _reasons_of(entry["response"])
     run.spend(_count(usage))
     if call is not None:
-        if call.target is not None and call.target.lane.gate.counts_tokens:
+        if call.target is not None and call.target.lane.gate.watched:
             admission.spend(call.target, _count(usage))
         call.usage = usage
         # Only then: a run may have thousands of long answers.

@@ -1,4 +1,4 @@
-"""Counts the LM calls of one run, their tokens and their cost, for the `meta` of its reply."""
+"""The LM calls of one run for the `meta` of its reply: counts, tokens, cost, history, and events without contents."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm import lm_call, prompts
 from dspy_bridge.lm.lm_call import LMCall
-from dspy_bridge.lm.metering import history, lm_events
+from dspy_bridge.lm.metering import history
 from dspy_bridge.lm.metering.history import History
 
 _NUMBERS = (int, float)
+# A list of 10,000 inputs has as many calls; an event takes some 200 bytes. `lm_calls` counts all.
+MOST = 1000
+# Names come from clients and servers.
+_LONGEST_NAME = 200
+# By OpenAI's names, or by those that an LM of the user's may give.
+_INPUT = ("prompt_tokens", "input_tokens")
+_OUTPUT = ("completion_tokens", "output_tokens")
+_CACHED = (("prompt_tokens_details", "cached_tokens"), ("input_tokens_details", "cached_tokens"))
+_REASONING = (("completion_tokens_details", "reasoning_tokens"), ("output_tokens_details", "reasoning_tokens"))
+# No run uses more: neither infinity nor NaN is a count.
+_MOST_TOKENS = 10**15
+# The error of a call that a deadline or a cancel has ended.
+_UNFINISHED = "unfinished"
 
 
 class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
@@ -59,7 +71,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
                 self._show(call, "not finished")
             shown["history"] = self._history.json()
         if self._events_since is not None:
-            shown["lm_events"] = lm_events.events(calls, self._events_since, now)
+            shown["lm_events"] = events(calls, self._events_since, now)
         return shown
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -71,7 +83,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         call.metered = True
         call.model = str(getattr(instance, "model", ""))
         if self._history is not None:
-            call.entry = self._history.begin(), _messages(inputs)
+            call.entry = self._history.begin(), prompts.of_call(inputs)
         self._calls.append(call)
         lm_call.current.set(call)
 
@@ -108,28 +120,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         self._history.end(entry, messages, about)
 
 
-def install() -> None:
-    """Count the fallbacks of this process's adapters. Those of `guarded_adapters` call `in_json` themselves."""
-    dspy_internals.JSON_FALLBACK.wrap(lambda _fallback: in_json)
-
-
-def in_json(adapter: Any) -> dspy.Adapter:
-    """Called by DSPy where an answer could not be read: the adapter for another LM call, in JSON."""
-    if (meter := lm_call.run().meter) is not None:
-        meter.fell_back()
-    return dspy_internals.JSON_FALLBACK.value(adapter)
-
-
-def _messages(inputs: dict[str, Any]) -> Any:
-    """What an LM is sent, from the arguments of its call."""
-    if inputs.get("messages") is not None:
-        return inputs["messages"]
-    # A typed request of DSPy's has messages, too.
-    asked = (inputs.get("prompt"), inputs.get("request"), inputs.get("kwargs", {}).get("request"))
-    first = next((given for given in (*asked, *inputs.get("items", ())) if given is not None), None)
-    return [{"role": "user", "content": first}] if isinstance(first, str) else getattr(first, "messages", None)
-
-
 def _sum(usages: Iterable[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for usage in usages:
@@ -142,3 +132,47 @@ def _sum(usages: Iterable[dict[str, Any]]) -> dict[str, Any]:
             elif type(before) in _NUMBERS and type(count) in _NUMBERS:
                 total[name] = before + count
     return total
+
+
+def events(calls: list[LMCall], began: float, now: float) -> list[dict[str, Any]]:
+    """Events of the first `MOST` calls, in the order of their start. `began`: when the request was received."""
+    return [_event(call, began, now) for call in calls[:MOST]]
+
+
+def _event(call: LMCall, began: float, now: float) -> dict[str, Any]:
+    ended = now if call.ended is None else call.ended
+    error_type = _UNFINISHED if call.ended is None else call.error_type
+    waited, first_chunk = call.waited(ended), call.first_chunk
+    return {
+        "model": call.model[:_LONGEST_NAME],
+        "started_ms": _ms(call.started - began),
+        "wait_ms": _ms(waited),
+        "duration_ms": _ms(ended - call.started - waited),
+        "first_chunk_ms": None if first_chunk is None else _ms(first_chunk - call.started - waited),
+        "input_tokens": _tokens(call.usage, _INPUT),
+        "output_tokens": _tokens(call.usage, _OUTPUT),
+        "cached_tokens": _details(call.usage, _CACHED),
+        "reasoning_tokens": _details(call.usage, _REASONING),
+        "cost_usd": None if call.cost is None else round(call.cost, 12),
+        "cached": call.cached,
+        "finish_reason": call.finish_reason and call.finish_reason[:_LONGEST_NAME],
+        "error_type": error_type and error_type[:_LONGEST_NAME],
+    }
+
+
+def _tokens(usage: dict[str, Any], names: tuple[str, ...]) -> int:
+    return next((_count(usage[name]) for name in names if usage.get(name)), 0)
+
+
+def _details(usage: dict[str, Any], names: tuple[tuple[str, str], ...]) -> int | None:
+    """The count that the provider gives; None if it gives none."""
+    counts = [(usage.get(details) or {}).get(name) for details, name in names]
+    return next((_count(count) for count in counts if isinstance(count, (int, float))), None)
+
+
+def _count(value: Any) -> int:
+    return int(value) if isinstance(value, (int, float)) and 0 < value < _MOST_TOKENS else 0
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

@@ -10,6 +10,7 @@ import contextvars
 import functools
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -20,7 +21,7 @@ from dspy_bridge.lm.lm_call import LMCall, Target
 from dspy_bridge.lm.rate_limits import INFINITE, Gate, Ticket
 
 # The statuses by which a server refuses a request that it may take later.
-_REFUSALS = (429, 503)
+REFUSALS = (429, 503)
 
 
 @asynccontextmanager
@@ -36,10 +37,12 @@ async def admitted() -> AsyncIterator[None]:
     call.run.request()
     ticket, gate = None, call.target.lane.gate
     if gate.watched:
-        ticket = Ticket(call.target.lane, call.run.deadline)
+        gone: Future[None] = Future()
+        ticket = Ticket(call.target.lane, call.run.deadline, functools.partial(_settle, gone))
         call.begin_wait()
+        main_loop.call(_change, gate, gate.enter, ticket)
         try:
-            await main_loop.run(_enter(ticket))
+            await asyncio.wrap_future(gone)
         except BaseException as error:
             # Cancelled on another loop it may have its place by now.
             main_loop.call(_change, gate, gate.leave, ticket)
@@ -56,17 +59,9 @@ async def admitted() -> AsyncIterator[None]:
             main_loop.call(_change, gate, gate.leave, ticket)
 
 
-async def _enter(ticket: Ticket) -> None:
-    gone = asyncio.get_running_loop().create_future()
-
-    def settle(refusal: Overloaded | None) -> None:
-        if not gone.done():
-            gone.set_result(None) if refusal is None else gone.set_exception(refusal)
-
-    ticket.settle = settle
-    gate = ticket.lane.gate
-    _change(gate, gate.enter, ticket)
-    await gone
+def _settle(gone: Future[None], refusal: Overloaded | None) -> None:
+    if gone.set_running_or_notify_cancel():
+        gone.set_result(None) if refusal is None else gone.set_exception(refusal)
 
 
 def _change(gate: Gate, change: Callable[..., None], *args: Any) -> None:
@@ -88,25 +83,11 @@ def _advance(gate: Gate) -> None:
         _timers[gate] = later(seconds, functools.partial(_advance, gate), context=contextvars.Context())
 
 
-def answered(status: int, header: Callable[[str], str | None]) -> Callable[[], None]:
-    """Let all requests of the account wait for as long as a server that refuses one asks for.
+def refused(call: LMCall, target: Target, retry_after: str | None) -> None:
+    """A server has refused a request: let all of the account wait for as long as it asks for.
 
-    Returns what to call with each piece of the answer. Raises `LMOverloaded` if DSPy would wait past the deadline of
-    this one.
+    Raises `LMOverloaded` if DSPy would wait past the deadline of this one.
     """
-    call = lm_call.current.get()
-    if call is None or call.target is None:
-        return _nothing
-    if status in _REFUSALS:
-        _refused(call, call.target, header("retry-after"))
-    return call.chunk if (header("content-type") or "").startswith("text/event-stream") else _nothing
-
-
-def _nothing() -> None:
-    pass
-
-
-def _refused(call: LMCall, target: Target, retry_after: str | None) -> None:
     # Until the next attempt, for which DSPy waits.
     call.begin_wait()
     if (seconds := _seconds(retry_after)) is None:

@@ -15,7 +15,7 @@ import importlib.util
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 import dspy
@@ -25,33 +25,18 @@ from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall
 from dspy_bridge.lm.transport import admission, outgoing, routes
 from dspy_bridge.logs import redaction
+from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
 _importing: Future[None] | None = None
 _lock = Lock()
 
 
 def install() -> None:
-    """Put engines of ours in the place of those by which DSPy calls LiteLLM, once in a process."""
+    """Put an engine of ours in the place of that by which DSPy calls LiteLLM, once in a process."""
     dspy_internals.LITELLM_ENGINE.wrap(_engine)
-    dspy_internals.ASYNC_LITELLM_ENGINE.wrap(_async_engine)
 
 
 def _engine(kind: Any) -> Any:
-    class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
-        """Of LMs that your application made and calls in a thread."""
-
-        def complete(self, request: Any) -> Any:
-            with _call_in_thread(self, request):
-                return super().complete(request)
-
-        def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
-            with _call_in_thread(self, request):
-                return super().complete_legacy(lm, request, **context)
-
-    return Engine
-
-
-def _async_engine(kind: Any) -> Any:
     class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
         async def complete(self, request: Any) -> Any:
             async with _call(self, request):
@@ -77,14 +62,6 @@ async def _call(engine: Any, request: Any) -> AsyncIterator[None]:
     async with admission.admitted():
         with _guarded():
             yield
-
-
-@contextmanager
-def _call_in_thread(engine: Any, request: Any) -> Iterator[None]:
-    start().result()
-    _refuse_elsewhere(engine, request)
-    with _guarded():
-        yield
 
 
 def _refuse_elsewhere(engine: Any, request: Any) -> None:
@@ -117,25 +94,20 @@ def start() -> Future[None]:
     global _importing
     with _lock:
         if _importing is None or (_importing.done() and _importing.exception() is not None):
-            _importing = Future()
-            Thread(target=_import, args=(_importing,), name="dspy_bridge-litellm", daemon=True).start()
+            _importing = DaemonThreads(1, "dspy_bridge-litellm").submit(_import)
         return _importing
 
 
-def _import(done: Future[None]) -> None:
-    try:
-        if not routes.has_litellm():
-            raise dspy.LMNotConfiguredError(f"DSPy's own engine does not take this call; {routes.LITELLM}")
-        # DSPy imports it lazily: then the module is there, and its first attribute runs it.
-        _ = importlib.import_module("litellm").completion
-        for library in ("httpx", "httpx2"):
-            if importlib.util.find_spec(library) is not None:
-                _watch_clients(library)
-        # It runs before LiteLLM's own exit handlers, which were registered before.
-        atexit.register(dspy_internals.silence_litellm)
-        done.set_result(None)
-    except BaseException as error:  # many packages' code, which may raise anything
-        done.set_exception(error)
+def _import() -> None:
+    if not routes.has_litellm():
+        raise dspy.LMNotConfiguredError(f"DSPy's own engine does not take this call; {routes.LITELLM}")
+    # DSPy imports it lazily: then the module is there, and its first attribute runs it.
+    _ = importlib.import_module("litellm").completion
+    for library in ("httpx", "httpx2"):
+        if importlib.util.find_spec(library) is not None:
+            _watch_clients(library)
+    # It runs before LiteLLM's own exit handlers, which were registered before.
+    atexit.register(dspy_internals.silence_litellm)
 
 
 @functools.cache
@@ -231,7 +203,7 @@ def _sending(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sending_sync(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
-    """For threads of your application, and the few providers that LiteLLM asks in a thread of its own."""
+    """For the few providers that LiteLLM asks in a thread of its own."""
 
     @functools.wraps(send)
     def sent(self: Any, request: Any, **options: Any) -> Any:

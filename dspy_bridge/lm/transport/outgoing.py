@@ -14,8 +14,8 @@ import asyncio
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -52,15 +52,22 @@ class Answer:
 
     def __init__(self, status: int, header: Callable[[str], str | None], *, private: bool = True) -> None:
         """`private`: a redirect would take a prompt or a key to another server."""
-        self._received = admission.answered(status, header)
+        call = lm_call.current.get()
         self._left = most
+        self._streamed: lm_call.LMCall | None = None
+        if call is not None and call.target is not None:
+            if status in admission.REFUSALS:
+                admission.refused(call, call.target, header("retry-after"))
+            if (header("content-type") or "").startswith("text/event-stream"):
+                self._streamed = call
         if private and 300 <= status < 400:
             to = urlsplit(header("location") or "").hostname or "another path"
             raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
 
     def piece(self, piece: bytes) -> bytes:
         """The piece."""
-        self._received()
+        if self._streamed is not None:
+            self._streamed.chunk()
         self._left -= len(piece)
         if self._left < 0:
             raise LMAnswerRefused(f"the answer is longer than DSPY_BRIDGE_MAX_LM_BYTES allows: {most} bytes")
@@ -96,10 +103,9 @@ def install() -> None:
     """Wrap them, once in a process."""
     dspy_internals.CONNECTIONS.wrap(lambda options: lambda config: {"max_connections": _CONNECTIONS, **options(config)})
     dspy_internals.TRANSPORT.wrap(_sending)
-    dspy_internals.ASYNC_TRANSPORT.wrap(_sending_async)
 
 
-def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
+def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stream)
     @asynccontextmanager
     async def send(self: Any, request: Any) -> AsyncIterator[Any]:
@@ -122,19 +128,6 @@ def _sending_async(stream: Callable[..., Any]) -> Callable[..., Any]:
                 await response.aclose()
 
             yield _with_body(response, chunks(), release)
-
-    return send
-
-
-def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
-    """Of LMs that your application made and calls in a thread: those of ours are called on the event loop."""
-
-    @functools.wraps(stream)
-    @contextmanager
-    def send(self: Any, request: Any) -> Iterator[Any]:
-        with stream(self, _traced(request)) as response:
-            answer = Answer(response.status, response.header)
-            yield _with_body(response, map(answer.piece, response), lambda _consumed: response.close())
 
     return send
 

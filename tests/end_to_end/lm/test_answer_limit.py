@@ -17,6 +17,7 @@ import pytest
 from lm_server import _Server, chat, completion, event
 from peer import PATIENCE, Peer
 
+from dspy_bridge.lm import event_loop_lm
 from dspy_bridge.lm.transport import outgoing
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -156,6 +157,7 @@ def test_an_lm_that_the_application_calls_in_a_thread_has_the_same_limit(
     send: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outgoing.install()
+    event_loop_lm.install()
     monkeypatch.setattr(outgoing, "most", LIMIT)
     data = [answer("short", False), b" " * LIMIT]
     short, long = send("", lambda _: iter(data[:1])), send("", lambda _: iter(data))

@@ -15,7 +15,7 @@ from lm_server import KEY, Answer, Ended, chat, script
 from peer import PATIENCE, ROOT, Peer
 from shared_peers import shared_peer
 
-from dspy_bridge.lm.metering.lm_events import MOST
+from dspy_bridge.lm.metering.meter import MOST
 
 ASK = {"program_id": "qa", "inputs": {"question": "Why is the sky blue?"}}
 ALL = {"meta": True, "history": True, "lm_events": True}
