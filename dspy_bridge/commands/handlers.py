@@ -191,9 +191,13 @@ class Commands:
             self._loader.removed(1)
 
     async def _with_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
-        """Loads lazy programs. States are dumped in a thread: they may be large, and user code may dump them."""
+        """Loads lazy programs. States are dumped in a thread: they may be large, and user code may dump them.
+
+        Bridges know by an answer, even for no program, that DSPy is imported.
+        """
         import asyncio
 
+        await asyncio.wrap_future(self._loader.preload())
         listed["details"] = []
         for entry in entries:
             state = None

@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
+    from concurrent.futures import Future
     from typing import Any
 
     from dspy_bridge.commands.program_registry import Entry
@@ -71,9 +72,9 @@ class ProgramLoader:
 
         return asyncio.get_running_loop().run_in_executor(self._start_thread(), self._make, definition)
 
-    def preload(self) -> None:
+    def preload(self) -> Future[None]:
         """Begin DSPy's import, for which the first program would wait. On the event loop's thread."""
-        self._start_thread().submit(self._import_dspy)
+        return self._start_thread().submit(self._import_dspy)
 
     def degraded(self) -> list[str]:
         """Names of the features that the installed DSPy does not allow; empty before it is imported."""

@@ -128,9 +128,10 @@ class Dispatcher:
 
     def when_idle(self, callback: Callable[[], object]) -> None:
         """Call `callback` once no request is open. For the reading thread, after its last `wake`."""
-        if self._loop is None and not self._inbox:
+        if self._thread is None:
             callback()
             return
+        # Not before a loop that starts runs: while Python exits it refuses some imports, and new threads.
         self._on_idle = callback
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._take_inbox)

@@ -100,8 +100,6 @@ def complete(
     if of_settings:
         return options
     places = servers.places(options)
-    if default is not None and options["model"] == default["model"]:
-        places.pop("model", None)
     if places:
         if places.keys() != {"custom_llm_provider"}:
             options.setdefault("api_key", NO_KEY)

@@ -40,18 +40,16 @@ def places(options: dict[str, Any]) -> dict[str, Any]:
             found[ADDRESSES[0]] = value.rstrip("/") if isinstance(value, str) else value
         elif name in _ROUTES or name.lower().rpartition("_")[2] in _OF_ADDRESSES:
             found[name] = value
-        elif name == "model" and ("http://" in value or "https://" in value):
-            found[name] = value  # LiteLLM's oobabooga/ takes an address there
     return found
 
 
 def refuse_ignored_address(options: dict[str, Any], where: str) -> None:
-    """Raises `InvalidArgs` if the LM would be asked past its `api_base`."""
+    """Raises `InvalidArgs` if the LM would be asked past its `api_base`, or the peer's by its name."""
+    if "http://" in options["model"] or "https://" in options["model"]:
+        raise InvalidArgs(f"{where}.model: it has an address; expected the name alone, and the address as api_base")
     given = places(options)
     if ADDRESSES[0] not in given:
         return
-    if "model" in given:
-        raise InvalidArgs(f"{where}.api_base: the model names another address; expected one of them")
     name = str(given.get("custom_llm_provider") or provider(options))
     if name in routes.WITHOUT_ADDRESS:
         text = f"LiteLLM asks other servers for {name}/ models; name a model of a server with OpenAI's API openai/…"

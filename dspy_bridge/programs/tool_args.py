@@ -54,7 +54,12 @@ def _of_parameters(parameters: object, where: str) -> dict[str, Any]:
     # As the LM would be shown it: without references, so that each property stands alone.
     schema = _schema(json_schema.to_annotation(parameters, where), where)
     required = schema.get("required", ())
-    return {arg: {"type": part, "optional": arg not in required} for arg, part in schema.get("properties", {}).items()}
+    # One that is required alone may be anything.
+    properties = {
+        **schema.get("properties", {}),
+        **{arg: {} for arg in required if arg not in schema.get("properties", {})},
+    }
+    return {arg: {"type": part, "optional": arg not in required} for arg, part in properties.items()}
 
 
 def _arg(arg: str, given: object, where: str) -> Arg:

@@ -375,23 +375,3 @@ def test_at_its_deadline_a_batch_gives_what_it_has(stream: bool) -> None:
     assert bench.next()["result"] == QUICK
     load = bench.dispatcher.load()
     assert (load["in_flight"], load["queued"], bench.running) == (0, 0, 0)
-
-
-def test_a_batch_gives_what_it_has_also_if_the_loop_comes_late_to_its_deadline() -> None:
-    """Its end and the deadline are due in the same iteration."""
-    both = threading.Event()
-
-    async def work(item: int) -> int:
-        if item != QUICK:
-            await asyncio.sleep(0)
-            both.wait(0.5)  # blocks the loop past the deadline
-            await asyncio.Event().wait()
-        return item
-
-    async def many(args: dict[str, Any], call: Call) -> Any:
-        return await batch.run(args, work, call)
-
-    bench = Bench(many)
-    bench.request(1, {"inputs": [QUICK, 2]}, timeout_ms=100)
-    results = bench.next()["result"]
-    assert results[0] == {"success": True, "result": QUICK} and results[1]["error_type"] == "timeout"

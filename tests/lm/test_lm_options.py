@@ -201,8 +201,6 @@ def test_limits_are_of_a_server_and_a_key_however_they_are_named(
         ("claude-sonnet-4-5", "openai/small", False),
         ("my-model", "my-model", True),
         ("my-model", "other-model", False),
-        ("oobabooga/http://here", "oobabooga/http://here", True),
-        ("oobabooga/http://here", "oobabooga/http://there", False),
     ],
 )
 def test_a_name_is_of_the_provider_that_dspys_router_says(peers: str, name: str, inherits: bool) -> None:
@@ -239,8 +237,6 @@ def test_another_key_goes_without_the_secrets_in_either_kind_of_headers(name: st
         {"model": "replicate/owner/model"},
         {"model": "huggingface/owner/model"},
         {"model": "owner/model", "custom_llm_provider": "replicate"},
-        {"model": "oobabooga/http://there"},
-        {"model": "oobabooga/https://there/v1"},
     ],
 )
 def test_an_address_that_would_be_ignored_is_refused(given: dict[str, Any]) -> None:
@@ -252,6 +248,14 @@ def test_an_address_that_would_be_ignored_is_refused(given: dict[str, Any]) -> N
     assert "http://here/v1" not in str(complete(given))
     with pytest.raises(InvalidArgs, match=r"^config\.api_base: "):
         lm_options.changed(complete(given), {**given, "api_base": "http://own/v1"})
+
+
+@pytest.mark.parametrize("model", ["oobabooga/http://there", "openai/https://there/v1", "http://there"])
+def test_a_models_name_is_no_address(model: str) -> None:
+    """With some routes it would lead past the peer's server."""
+    for given in (model, {"model": model, "api_base": "http://own/v1"}):
+        with pytest.raises(InvalidArgs, match=r"^lm\.model: it has an address"):
+            lm_options.complete(given, "lm", PEERS)
 
 
 @pytest.mark.parametrize("name", ["api_base", "base_url", "custom_llm_provider", "model_type", "api_key"])

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from peer import ROOT
 
 from dspy_bridge import tracing
 from dspy_bridge.logs import peer_log
@@ -126,22 +123,3 @@ def test_a_finalizer_may_log_within_any_lock_of_the_writer(frames: Callable[[], 
     thread.start()
     thread.join(20)
     assert not thread.is_alive()
-
-
-FINALIZERS = """
-import gc, logging
-from dspy_bridge.logs import peer_log
-peer_log.setup("info", None)
-gc.callbacks.append(lambda phase, _: logging.getLogger("host").warning("collected"))
-gc.set_threshold(1)
-for _ in range(300):
-    logging.getLogger("host").warning("said")
-gc.callbacks.clear()
-gc.enable()
-"""
-
-
-def test_a_collection_may_log_while_a_record_is_on_its_way_to_stderr() -> None:
-    """Each record here makes garbage to be collected, and each collection logs."""
-    done = subprocess.run([sys.executable, "-c", FINALIZERS], cwd=ROOT, capture_output=True, timeout=30, check=True)
-    assert done.stderr.count(b"WARNING host: said") == 300 and b"WARNING host: collected" in done.stderr

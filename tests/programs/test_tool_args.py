@@ -67,6 +67,8 @@ def test_parameters_are_a_json_schema() -> None:
     assert found["q"].schema == {"type": "string", "description": "words"}
     assert found["unit"].schema["enum"] == ["a", "b"] and found["unit"].schema["description"] == "of what (optional)"
     assert read({"parameters": {"type": "object"}}) == {}
+    alone = read({"parameters": {"type": "object", "required": ["any"]}})
+    assert alone["any"].required and alone["any"].schema == {}
 
 
 @pytest.mark.parametrize(

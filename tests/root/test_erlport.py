@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 class Held:
     """Commands of the test's own.
 
-    `echo`, `twice` and `later` (on the event loop) give their args, `hold` too once released; `ask` what a tool says;
-    `alone` whether no other thread was in it.
+    `echo`, `twice` and `later` (on the event loop) give their args, `hold` too once released; `ask` what a tool says.
     """
 
     def __init__(self) -> None:
         self.started = threading.Semaphore(0)
         self.release = threading.Event()
-        self.one_at_a_time = threading.Lock()
 
     def table(self) -> dict[str, Any]:
         return {
@@ -68,17 +65,8 @@ class Held:
             "later": self._later,
             "hold": self._hold,
             "ask": self._ask,
-            "alone": self._alone,
             "crash": lambda args, call: 1 / 0,
         }
-
-    def _alone(self, args: dict[str, Any], call: Call) -> bool:
-        alone = self.one_at_a_time.acquire(blocking=False)
-        if alone:
-            self.started.release()
-            self.release.wait(0.05)
-            self.one_at_a_time.release()
-        return alone
 
     async def _later(self, args: dict[str, Any], call: Call) -> Any:
         return args
@@ -257,9 +245,6 @@ def test_any_json_value_goes_to_erlang_and_comes_back(value: Any) -> None:
     assert repr(erlport_terms.from_term(decode(term))) == repr(value)
 
 
-# Fewer examples than that above has: each waits for a thread.
-
-
 ANYTHING = st.recursive(
     st.none()
     | st.booleans()
@@ -412,39 +397,6 @@ def test_a_tools_question_is_answered_at_once_with_an_error(held: Held) -> None:
     assert reply[b"error_type"] == b"tool_error" and b"search: tools need a port of their own" in reply[b"error"]
     submit(1, b"ask")
     assert received()[1] == reply
-
-
-def test_first_calls_from_many_threads_make_one_peer_and_all_are_counted(
-    held: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[erlport.Peer] = []
-
-    class Counted(erlport.Peer):
-        def __init__(self) -> None:
-            super().__init__()
-            made.append(self)
-            time.sleep(0.05)  # the others get here meanwhile
-
-    monkeypatch.setattr(erlport, "Peer", Counted)
-    meet = threading.Barrier(8)
-    wrong: list[Any] = []
-
-    def work(thread: int) -> None:
-        meet.wait(20)
-        for number in range(50):
-            for command in (b"echo", b"later"):
-                args = {b"n": [thread, number]}
-                if (reply := call(command, args)) != {b"success": "true", b"result": args}:
-                    wrong.append(reply)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == [] and len(made) == 1 and not made[0]._waiting
-    counts = {name: stats["count"] for name, stats in made[0]._dispatcher.load()["commands"].items()}
-    assert counts == {"echo": 400, "later": 400}
 
 
 def test_outside_of_erlport_importing_is_fine_and_calling_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import threading
-import weakref
-from concurrent.futures import CancelledError, Future
-from typing import Any
+from concurrent.futures import CancelledError
 
 import pytest
 from peer import ROOT
@@ -37,29 +34,6 @@ def test_work_runs_beside_each_other_up_to_the_limit_and_what_is_cancelled_first
     assert ran == ["late"]
     with pytest.raises(CancelledError):
         unwanted.result(PATIENCE)
-
-
-def test_of_what_is_done_nothing_is_kept() -> None:
-    """Not by a thread that waits for more, nor by the traceback of an error."""
-
-    class Big:
-        pass
-
-    def work(big: Big, fail: bool) -> int:
-        return 1 // (not fail)
-
-    threads = DaemonThreads(1, "test")
-    gc.disable()
-    try:
-        for fail in (False, True):
-            big, gone = Big(), threading.Event()
-            weakref.finalize(big, gone.set)
-            future: Future[Any] = threads.submit(work, big, fail)
-            assert (future.exception(PATIENCE) is not None) == fail
-            del big, future
-            assert gone.wait(PATIENCE)
-    finally:
-        gc.enable()
 
 
 def test_the_process_ends_while_they_work() -> None:

@@ -52,18 +52,11 @@ class Size:
         self.items.append((item, threading.current_thread().name))
 
 
-def call(definition: dict[str, Any], inputs: dict[str, Any], size: int, **settings: str) -> tuple[Any, dict[str, str]]:
-    """The outputs, and where they were made."""
-    outputs, _, threads = streamed(definition, inputs, size, stream=False, **settings)
-    return outputs, threads
-
-
-def streamed(
-    definition: dict[str, Any], inputs: dict[str, Any], size: int, stream: bool = True, **settings: str
-) -> tuple[Any, list[tuple[Any, str]], dict[str, str]]:
-    """The outputs, the stream items, and the threads of each step."""
+def call(
+    definition: dict[str, Any], inputs: dict[str, Any], size: int, stream: bool = False, **settings: str
+) -> tuple[Any, dict[str, str], list[tuple[Any, str]]]:
+    """The outputs, the threads of each step, and the stream's items."""
     server, watch = LMServer(lambda _request: chat(reasoning="r", answer="Paris")), Threads()
-
     lms, given = dspy_setup.LMs(Settings(settings)), Size(size)
 
     async def main() -> Any:
@@ -73,7 +66,7 @@ def streamed(
             return await program.call(inputs, None, None, cast(Any, given), stream=stream, large=large)
 
     try:
-        return asyncio.run(main()), given.items, watch.names
+        return asyncio.run(main()), watch.names, given.items
     finally:
         server.stop()
 
@@ -93,20 +86,20 @@ QA = {"signature": "question -> answer"}
     ids=["text", "chain_of_thought", "list", "image"],
 )
 def test_large_inputs_are_written_and_sent_elsewhere(definition: dict[str, Any], inputs: dict[str, Any]) -> None:
-    outputs, threads = call(definition, inputs, large_inputs.LARGE + 1)
+    outputs, threads, _ = call(definition, inputs, large_inputs.LARGE + 1)
     assert outputs["answer"] == "Paris"
     assert threads["format"].startswith("dspy_bridge-sync") and threads["lm"] == "dspy_bridge-large"
 
 
 def test_what_they_tell_meanwhile_is_told_on_the_event_loop() -> None:
     """What it goes through, to the pipe, is of that thread alone."""
-    outputs, stream, threads = streamed(QA, {"question": LARGE}, large_inputs.LARGE + 1)
+    outputs, threads, stream = call(QA, {"question": LARGE}, large_inputs.LARGE + 1, stream=True)
     assert "".join(item["chunk"] for item, _ in stream) == outputs["answer"] == "Paris"
     assert threads["lm"] == "dspy_bridge-large" and {thread for _, thread in stream} == {"MainThread"}
 
 
 def test_small_ones_are_not() -> None:
-    outputs, threads = call(QA, {"question": "x"}, 100)
+    outputs, threads, _ = call(QA, {"question": "x"}, 100)
     assert outputs == {"answer": "Paris"} and threads == {"format": "MainThread", "lm": "MainThread"}
 
 
@@ -121,7 +114,7 @@ def test_a_file_is_read_elsewhere(content: bytes, tmp_path: Path, monkeypatch: p
         return read(*given)
 
     monkeypatch.setattr(confined_files, "read", noted)
-    outputs, threads = call(PHOTO, {"photo": {"path": "a.png"}}, 100, files_dir=str(tmp_path))
+    outputs, threads, _ = call(PHOTO, {"photo": {"path": "a.png"}}, 100, files_dir=str(tmp_path))
     assert outputs == {"answer": "Paris"} and readers[0].startswith("dspy_bridge-reader")
     assert threads["format"].startswith("dspy_bridge-sync")
 

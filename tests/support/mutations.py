@@ -9,117 +9,61 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from expected import LIMIT, MAX_DIGITS
+from expected import LIMIT, MAX_DIGITS, TRACEPARENT
 from peer import vector_payload, vectors
 
 ECHO = "offline/echo"
+
+
+def fields(inputs: dict[str, Any], outputs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A signature of fields with these types."""
+    both = {"inputs": inputs, "outputs": outputs}
+    return {side: [{"name": name, "type": it} for name, it in of.items()] for side, of in both.items()} | more
+
+
+PROPERTIES = {"first-name": {"type": "string", "default": "x"}, "n": {"type": ["integer", "null"], "minimum": 1}}
+ORDER = {"$ref": "#/$defs/o", "$defs": {"o": {"type": "object", "properties": PROPERTIES, "required": ["n"]}}}
+ROWS = {"type": "array", "items": {"anyOf": [{"enum": ["a", 1]}, {"const": 2}]}}
+TEXTS = {"type": "array", "items": {"type": "string", "pattern": "^[ab]*a[ab]{0,500}$"}}
+CODE = {"type": "string", "pattern": r"^\w+: [^\d]{1,40}(?:\p{Greek}|$)", "examples": ["echo: code"]}
+SEARCH = {"name": "search", "args": {"query": {"type": "str", "desc": "what"}, "n": "int"}}
+ADD = {"name": "add", "args": {"xs": {"type": {"type": "array", "items": {"type": "number"}}}}}
+REWARDS: list[dict[str, Any]] = [{"tool": "judge"}, {"field": "answer", "equals": "x"}]
+PREFIXES = [{"prefix": "Question:", "description": "what"}, {"prefix": "Answer:", "description": "so"}]
+STATE = {
+    "traces": [],
+    "train": [],
+    "demos": [{"augmented": True, "question": "q", "answer": "a"}],
+    "lm": None,
+    "signature": {"instructions": "Answer.", "fields": PREFIXES},
+    "metadata": {"dependency_versions": {"dspy": "3.4.1"}},
+}
+QA: dict[str, Any] = {"signature": "question -> answer"}
 PROGRAMS: dict[str, dict[str, Any]] = {
-    "qa": {"signature": "question -> answer"},
+    "qa": QA,
     "cot": {"signature": "context: list[str], question -> answer: int", "program_type": "chain_of_thought"},
     "typed": {
-        "signature": {
-            "inputs": [
-                {"name": "n", "type": "int"},
-                {"name": "tags", "type": "list[str]"},
-                {"name": "maybe", "type": "Optional[dict[str, float]]", "description": "or nothing"},
-            ],
-            "outputs": [
-                {"name": "pick", "type": "Literal['a', 'b', 3]", "desc": "one of them"},
-                {"name": "sure", "type": "probability"},
-                {"name": "table", "type": "map"},
-            ],
-            "instructions": "Pick one. žluťoučký 🐎",
-        },
+        "signature": fields(
+            {"n": "int", "tags": "list[str]", "maybe": "Optional[dict[str, float]]"},
+            {"pick": "Literal['a', 'b', 3]", "sure": "probability", "table": "map"},
+            instructions="Pick one. žluťoučký 🐎",
+        ),
         "adapter": "json",
         "config": {"temperature": 0.5, "max_tokens": 100},
     },
     "media": {"signature": "picture: Image, past: History -> text, day: date", "adapter": "xml"},
     "own": {"signature": "q: Any -> a: tuple[int, str]", "lm": {"model": ECHO, "api_key": "sk-fuzzed-key-1"}},
-    "agent": {
-        "signature": "question -> answer",
-        "program_type": "react",
-        "options": {"max_iters": 3},
-        "tools": [
-            {"name": "search", "description": "finds", "args": {"query": {"type": "str", "desc": "what"}, "n": "int"}},
-            {"name": "add", "args": {"xs": {"type": {"type": "array", "items": {"type": "number"}}}}},
-        ],
-    },
-    "tooled": {"signature": "question -> answer", "tools": [{"name": "search", "args": {"query": "str"}}]},
-    "best": {
-        "signature": "question -> answer",
-        "program_type": "best_of_n",
-        "options": {"n": 2, "threshold": 0.9, "reward": {"tool": "judge"}, "module": "chain_of_thought"},
-    },
-    "refined": {
-        "signature": "question -> answer",
-        "program_type": "refine",
-        "options": {"n": 2, "reward": {"field": "answer", "equals": "x"}},
-    },
-    "judge": {"signature": "question -> answer", "program_type": "multi_chain_comparison", "options": {"m": 2}},
+    "agent": {**QA, "program_type": "react", "options": {"max_iters": 3}, "tools": [SEARCH, ADD]},
+    "tooled": {**QA, "tools": [SEARCH]},
+    "best": {**QA, "program_type": "best_of_n", "options": {"n": 2, "threshold": 0.9, "reward": REWARDS[0]}},
+    "refined": {**QA, "program_type": "refine", "options": {"n": 2, "reward": REWARDS[1]}},
+    "judge": {**QA, "program_type": "multi_chain_comparison", "options": {"m": 2}},
     "schema": {
-        "signature": {
-            "inputs": [
-                {
-                    "name": "order",
-                    "type": {
-                        "$ref": "#/$defs/o",
-                        "$defs": {
-                            "o": {
-                                "type": "object",
-                                "properties": {
-                                    "first-name": {"type": "string", "default": "x"},
-                                    "n": {"type": ["integer", "null"], "minimum": 1},
-                                },
-                                "required": ["n"],
-                            }
-                        },
-                    },
-                }
-            ],
-            "outputs": [
-                {"name": "rows", "type": {"type": "array", "items": {"anyOf": [{"enum": ["a", 1]}, {"const": 2}]}}}
-            ],
-        },
+        "signature": fields({"order": ORDER}, {"rows": ROWS}),
         "adapter": {"name": "two_step", "extraction_model": {"model": ECHO}},
     },
-    "patterned": {
-        "signature": {
-            "inputs": [
-                {
-                    "name": "texts",
-                    "type": {"type": "array", "items": {"type": "string", "pattern": "^[ab]*a[ab]{0,500}$"}},
-                }
-            ],
-            "outputs": [
-                {
-                    "name": "code",
-                    "type": {
-                        "type": "string",
-                        "pattern": r"^\w+: [^\d]{1,40}(?:\p{Greek}|$)",
-                        "examples": ["echo: code"],
-                    },
-                }
-            ],
-        }
-    },
-    "learned": {
-        "signature": "question -> answer",
-        "demos": [{"question": "q", "answer": "a"}],
-        "state": {
-            "traces": [],
-            "train": [],
-            "demos": [{"augmented": True, "question": "q", "answer": "a"}],
-            "lm": None,
-            "signature": {
-                "instructions": "Answer.",
-                "fields": [
-                    {"prefix": "Question:", "description": "what"},
-                    {"prefix": "Answer:", "description": "so"},
-                ],
-            },
-            "metadata": {"dependency_versions": {"dspy": "3.4.1"}},
-        },
-    },
+    "patterned": {"signature": fields({"texts": TEXTS}, {"code": CODE})},
+    "learned": {**QA, "demos": [{"question": "q", "answer": "a"}], "state": STATE},
 }
 INPUTS: dict[str, dict[str, Any]] = {
     "qa": {"question": "What is 日本語 [[ ## answer ## ]] <x>?"},
@@ -136,34 +80,25 @@ INPUTS: dict[str, dict[str, Any]] = {
     "patterned": {"texts": ["ab", "a"]},
     "learned": {"question": "Why?"},
 }
-REQUESTS: list[dict[str, Any]] = [
-    {"command": "ping", "args": {"any": ["thing", 1, None]}},
-    {"command": "ping", "args": {}, "timestamp": "2026-01-01T00:00:00Z"},
-    {"command": "get_stats"},
-    {"command": "list_programs", "args": {"details": True}},
-    {"command": "list_programs", "args": {"program_ids": ["qa", "cot", "nobody"], "details": False}},
-    {"command": "list_programs", "args": {"program_ids": ["qa", "learned"], "state": True}},
-    {"command": "cleanup", "args": {"program_ids": ["nobody", "media"]}},
-    {"command": "frobnicate", "args": {"a": {"b": {"c": [{}, [], ""]}}}},
-    {"command": "execute_program", "args": {"program_id": "nobody", "inputs": {}}},
-    *({"command": "create_program", "args": {"id": id, **program}} for id, program in PROGRAMS.items()),
-    *({"command": "execute_program", "args": {"program_id": id, "inputs": given}} for id, given in INPUTS.items()),
-    {
-        "command": "execute_program",
-        "args": {"program_id": "qa", "inputs": INPUTS["qa"], "config": {"temperature": 1.0}, "lm": {"model": ECHO}},
-    },
-    {"command": "execute_program", "args": {"program_id": "cot", "inputs": [INPUTS["cot"], {}, INPUTS["cot"]]}},
-    {
-        "command": "execute_program",
-        "args": {
-            "program_id": "qa",
-            "inputs": [INPUTS["qa"], INPUTS["qa"]],
-            "attempts": 2,
-            "max_concurrency": 1,
-            "item_timeout_ms": 500.5,
-        },
-    },
+MORE: list[dict[str, Any]] = [
+    {"config": {"temperature": 1.0}, "lm": {"model": ECHO}},
+    {"inputs": [INPUTS["qa"], {}, INPUTS["qa"]]},
+    {"inputs": [INPUTS["qa"]] * 2, "attempts": 2, "max_concurrency": 1, "item_timeout_ms": 500.5},
 ]
+ARGS: list[tuple[str, dict[str, Any]]] = [
+    ("ping", {"any": ["thing", 1, None]}),
+    ("get_stats", {}),
+    ("list_programs", {"details": True}),
+    ("list_programs", {"program_ids": ["qa", "cot", "nobody"], "details": False}),
+    ("list_programs", {"program_ids": ["qa", "learned"], "state": True}),
+    ("cleanup", {"program_ids": ["nobody", "media"]}),
+    ("frobnicate", {"a": {"b": {"c": [{}, [], ""]}}}),
+    ("execute_program", {"program_id": "nobody", "inputs": {}}),
+    *(("create_program", {"id": id, **program}) for id, program in PROGRAMS.items()),
+    *(("execute_program", {"program_id": id, "inputs": given}) for id, given in INPUTS.items()),
+    *(("execute_program", {"program_id": "qa", "inputs": INPUTS["qa"], **more}) for more in MORE),
+]
+REQUESTS = [{"command": command, "args": args} for command, args in ARGS]
 # What empties the registry comes rarely, and what costs most.
 WEIGHTS = [1 if request["command"] in ("cleanup", "get_stats") else 4 for request in REQUESTS]
 ENVELOPES: list[dict[str, Any]] = [
@@ -175,7 +110,7 @@ ENVELOPES: list[dict[str, Any]] = [
     {"timeout_ms": 0.001},
     {"stream": True, "meta": False, "timestamp": "2026-01-01T00:00:00Z"},
     {"stream": True, "meta": True},
-    {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"},
+    {"traceparent": TRACEPARENT},
 ]
 BROKEN = [payload for payload in map(vector_payload, vectors("malformed")) if len(payload) < 10_000]
 # Values of every kind that is wrong somewhere, and strings that are not JSON.
@@ -187,13 +122,7 @@ ODD = [
     *('"int | None"', '"list[list[int]]"', '"Literal[1, 2]"', '"q, q -> a"', '"(" -> "', '"q -> a: dict[Any, Any]"'),
     *('"q -> a: bool, b: set[date]"', '"Union[int, History]"', '"predict"', '"embedding"', '"file"', '"data:,x"'),
     *("[]", "{}", "[null]", '{"": []}', '{"id":1}', '[{"name":"q"},{"name":"q"}]', '{"name":"q","type":"set[dict]"}'),
-    *(
-        '{"type":"object"}',
-        '{"$ref":"#"}',
-        '{"anyOf":[{"type":"string"},{"type":"null"}]}',
-        '{"tool":"t"}',
-        '{"path":"x"}',
-    ),
+    *('{"type":"object"}', '{"$ref":"#"}', '{"anyOf":[{"type":"string"},{"type":"null"}]}', '{"tool":"t"}'),
     *('{"base64":"AAAA","mime":"image/png"}', '"data:image/png;base64,AAAA"', '{"field":"answer","equals":1}'),
     *('{"name":"two_step","extraction_model":{"model":"offline/echo"}}', '"react"', '"refine"', '"rlm"'),
     *('[{"name":"q"}]', '{"inputs":[],"outputs":[{"name":"a"}]}', '{"question":"x"}', "[" * 150 + "]" * 150),

@@ -36,7 +36,6 @@ SMALL: dict[str, dict[str, Any]] = {
 # Those whose code in DSPy differs most; `make test-optimizers` takes all that score.
 EVERY = os.environ.get("EVERY_OPTIMIZER") == "1"
 SCORING = [name for name in SMALL if name != "labeled_few_shot"] if EVERY else ["mipro_v2", "gepa"]
-ASKING = SCORING
 
 
 def first_of(*wanted: str) -> list[str]:

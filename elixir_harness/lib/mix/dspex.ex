@@ -34,6 +34,16 @@ defmodule Mix.DSPex do
       Mix.raise(String.trim(Exception.format(kind, reason, stack)), exit_status: 2)
   end
 
+  @doc "Prints a result. The status of one that cannot be written is not that of a bad one."
+  @spec print(iodata()) :: :ok
+  def print(text) do
+    IO.puts(text)
+  rescue
+    error in ErlangError ->
+      text = "standard output: the result could not be written: #{inspect(error.original)}"
+      Mix.raise(text, exit_status: 2)
+  end
+
   @doc """
   Starts the project's application. `clean: true` keeps the logs from standard output, unless the project configures where
   they go.

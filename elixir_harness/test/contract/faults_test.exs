@@ -62,7 +62,8 @@ defmodule DSPex.Contract.FaultsTest do
   end
 
   test "stop leaves no process, busy as it is" do
-    bridge = start_silent()
+    env = %{"DSPY_BRIDGE_DRAIN_MS" => "300"}
+    bridge = start([env: env] ++ SilentLM.lm_opts(SilentLM.start()))
     spawn(fn -> run(bridge) end)
     assert_receive {:lm_request, _line}, 10_000
     old = os_pid(bridge)

@@ -7,7 +7,7 @@ defmodule Mix.Tasks.Dspex.EvalTest do
   import DSPex.Test.EvalTask, except: [file: 1, file: 2]
   import DSPex.Test.Helpers
   alias DSPex.PythonBridge.Bridge
-  alias DSPex.Test.{EvalTask, Page, SilentLM}
+  alias DSPex.Test.{EvalTask, Page}
 
   @moduletag :tmp_dir
 
@@ -250,6 +250,21 @@ defmodule Mix.Tasks.Dspex.EvalTest do
   end
 
   describe "what is wrong exits with 2" do
+    test "of standard output", %{tmp_dir: dir} do
+      {:ok, full} = StringIO.open("")
+      {:ok, _} = StringIO.close(full)
+      leader = Process.group_leader()
+
+      for switches <- [[], ["--json"]] do
+        ExUnit.CaptureIO.capture_io(:stderr, fn ->
+          Process.group_leader(self(), full)
+          error = catch_error(Mix.Tasks.Dspex.Eval.run([file(dir) | switches]))
+          Process.group_leader(self(), leader)
+          assert %Mix.Error{mix: 2, message: "standard output: the result could not" <> _} = error
+        end)
+      end
+    end
+
     test "of the file, which the text names", %{tmp_dir: dir} do
       for {path, expected} <- [
             {Path.join(dir, "none.exs"), "could not load"},
@@ -308,44 +323,76 @@ defmodule Mix.Tasks.Dspex.EvalTest do
       assert %{status: 0, out: "score 0.000, 2 examples, 2 failed" <> _} = run([path])
     end
   end
+end
 
-  describe "the command" do
-    # Its standard output, standard error and exit status.
-    defp mix(dir, args) do
-      err = Path.join(dir, "stderr")
-      command = ["-c", ~s(exec mix dspex.eval "$@" 2> "$0"), err | args]
-      env = [{"MIX_ENV", "test"}, {"PYTHON_EXECUTABLE", python()}, {"DSPY_VENV", nil}]
-      {out, status} = System.cmd("sh", command, env: env)
-      {out, File.read!(err), status}
-    end
+defmodule Mix.Tasks.Dspex.CommandsTest do
+  @moduledoc "`mix dspex.eval` and `mix dspex.optimize` as commands, in a BEAM of their own."
 
-    test "has the result alone on standard output", %{tmp_dir: dir} do
-      metric = ~s|fn _, _ -> require Logger; Logger.error("logged"); true end|
-      {out, err, 1} = mix(dir, [EvalTask.file(dir, metric: metric), "--json", "--min", "2"])
-      assert %{"ok" => false, "reasons" => ["below_min"], "score" => 1.0} = JSON.decode!(out)
-      assert err =~ "failed: the score 1.000 is below --min 2.0"
-      assert err =~ "logged" and err =~ "2/2 examples, 0 failed"
-    end
+  use ExUnit.Case, async: true
 
-    test "closes all LM requests at SIGTERM, which is no success", %{tmp_dir: dir} do
-      lm = SilentLM.start()
-      pid = Path.join(dir, "pid")
+  import DSPex.Test.Helpers
 
-      program = """
-      %{id: "a", signature: "question -> answer",
-        lm: %{model: "openai/x", api_key: "k", cache: false, api_base: "http://127.0.0.1:#{lm}/v1"}}
-      """
+  alias DSPex.Test.{EvalTask, SilentLM}
 
-      dataset = """
-      (File.write!(#{inspect(pid)}, System.pid()); for n <- 1..20, do: {%{question: "q\#{n}"}, %{answer: "x"}})
-      """
+  @moduletag :tmp_dir
 
-      path = EvalTask.file(dir, program: program, dataset: dataset)
-      task = Task.async(fn -> mix(dir, [path]) end)
-      for _ <- 1..20, do: assert_receive({:lm_request, _line}, 30_000)
-      {_, 0} = System.cmd("kill", ["-TERM", File.read!(pid)])
-      assert {"", _err, 143} = Task.await(task, 30_000)
-      for _ <- 1..20, do: assert_receive(:lm_closed, 5_000)
-    end
+  # Its standard output, standard error and exit status.
+  defp mix(dir, task, args) do
+    err = Path.join(dir, task)
+    command = ["-c", ~s(exec mix "$@" 2> "$0"), err, task | args]
+    env = [{"MIX_ENV", "test"}, {"PYTHON_EXECUTABLE", python()}, {"DSPY_VENV", nil}]
+    {out, status} = System.cmd("sh", command, env: env)
+    {out, File.read!(err), status}
+  end
+
+  test "the result is alone on standard output", %{tmp_dir: dir} do
+    metric = ~s|fn _, _ -> require Logger; Logger.error("logged"); true end|
+    path = EvalTask.file(dir, metric: metric)
+    {out, err, 1} = mix(dir, "dspex.eval", [path, "--json", "--min", "2"])
+    assert %{"ok" => false, "reasons" => ["below_min"], "score" => 1.0} = JSON.decode!(out)
+    assert err =~ "failed: the score 1.000 is below --min 2.0"
+    assert err =~ "logged" and err =~ "2/2 examples, 0 failed"
+  end
+
+  # The second SIGINT ends the BEAM, once it asks what the first one meant.
+  defp killed(signal, pid, task) do
+    System.cmd("kill", ["-" <> signal, pid], stderr_to_stdout: true)
+
+    with nil <- Task.yield(task, 300),
+         do: killed(signal, pid, task),
+         else: ({:ok, ended} -> ended)
+  end
+
+  test "SIGTERM, and Ctrl-C twice, close all LM requests",
+       %{tmp_dir: dir} do
+    lm = SilentLM.start()
+
+    program = """
+    %{id: "a", signature: "question -> answer",
+      lm: %{model: "openai/x", api_key: "k", cache: false, api_base: "http://127.0.0.1:#{lm}/v1"}}
+    """
+
+    out = Path.join(dir, "state.json")
+    optimize = "[optimizer: :copro, options: [breadth: 2, depth: 1]]"
+
+    tasks =
+      for {signal, status, task, key, args} <- [
+            {"TERM", 143, "dspex.eval", :dataset, []},
+            {"TERM", 143, "dspex.optimize", :trainset, ["--out", out]},
+            {"INT", 0, "dspex.optimize", :trainset, ["--out", out]}
+          ] do
+        pid = Path.join(dir, "pid#{System.unique_integer()}")
+        examples = ~S|for n <- 1..20, do: {%{question: "q#{n}"}, %{answer: "x"}}|
+        examples = "(File.write!(#{inspect(pid)}, System.pid()); #{examples})"
+        path = EvalTask.file(dir, [{key, examples}, program: program, optimize: optimize])
+        {signal, status, pid, Task.async(fn -> mix(dir, task, [path | args]) end)}
+      end
+
+    for _ <- 1..22, do: assert_receive({:lm_request, _line}, 30_000)
+
+    for {signal, status, pid, task} <- tasks,
+        do: assert({_out, _err, ^status} = killed(signal, File.read!(pid), task))
+
+    for _ <- 1..22, do: assert_receive(:lm_closed, 5_000)
   end
 end

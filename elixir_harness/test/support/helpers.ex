@@ -29,6 +29,26 @@ defmodule DSPex.Test.Helpers do
   def real_opts(opts \\ []),
     do: Keyword.merge([name: nil, python_executable: python(), lm: "offline/echo"], opts)
 
+  @doc "The same, with the modules of tests/fakes/host.py, which write into `dir`."
+  def host_opts(dir, opts \\ []) do
+    env = %{
+      "PYTHONPATH" => Path.dirname(fake("host")),
+      "DSPY_BRIDGE_ALLOW_MODULES" => "host",
+      "FAKE_LOG" => Path.join(dir, "log"),
+      "FAKE_FILE" => Path.join(dir, "spoilt")
+    }
+
+    real_opts([env: env] ++ opts)
+  end
+
+  @doc "How often the module of this name has begun a run there."
+  def noted(dir, name) do
+    case File.read(Path.join(dir, "log")) do
+      {:ok, log} -> log |> String.split("\n") |> Enum.count(&String.starts_with?(&1, name))
+      {:error, :enoent} -> 0
+    end
+  end
+
   def vectors(name),
     do: [@root, "tests", "vectors", name] |> Path.join() |> File.read!() |> JSON.decode!()
 

@@ -81,4 +81,13 @@ defmodule DSPex.Test.Telemetry do
 
     ExUnit.Callbacks.on_exit(fn -> :telemetry.detach(owner) end)
   end
+
+  @doc "What has been sent so far."
+  def events do
+    receive do
+      {[_ | _] = event, measured, metadata} -> [{event, measured, metadata} | events()]
+    after
+      0 -> []
+    end
+  end
 end

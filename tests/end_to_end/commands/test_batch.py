@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from batch_desk import Desk, asks, fresh, question
 from conftest import lm_env
 from lm_server import Answer, LMServer, chat
 from peer import PATIENCE, Peer
 
 MODEL = "openai/stub-model"
-
-
-def question(request: dict[str, Any]) -> str:
-    """The prompt of a run."""
-    return str(request["messages"][-1]["content"]).split("[[ ## question ## ]]\n")[1].split("\n")[0]
 
 
 def echo(request: dict[str, Any]) -> Answer:
@@ -28,34 +23,9 @@ def echo(request: dict[str, Any]) -> Answer:
     return chat(answer=asked)
 
 
-class Desk:
-    """A peer with eight slots, and its LM."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[dict[str, Any]], Answer] = echo
-        self.server = LMServer(lambda request: self.answer(request))
-        self.peer = Peer("--max-in-flight", "8", env=lm_env(self.server))
-
-    def start(self, inputs: list[Any], program: str = "qa", **envelope: Any) -> int:
-        return self.peer.request("execute_program", {"program_id": program, "inputs": inputs}, **envelope)
-
-    def run(self, inputs: Any, program: str = "qa", args: dict[str, Any] | None = None, **envelope: Any) -> Any:
-        asked = {"program_id": program, "inputs": inputs, **(args or {})}
-        return self.peer.call("execute_program", asked, **envelope)
-
-    def becomes(self, in_flight: int, queued: int) -> bool:
-        """Whether so many run and wait in the end."""
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            stats = self.peer.call("get_stats")["result"]
-            if (stats["in_flight"], stats["queued"]) == (in_flight, queued):
-                return True
-        return False
-
-
 @pytest.fixture(scope="module")
 def desks() -> Iterator[Desk]:
-    desk = Desk()
+    desk = Desk(echo)
     with desk.peer:
         yield desk
     desk.server.stop()
@@ -63,26 +33,15 @@ def desks() -> Iterator[Desk]:
 
 @pytest.fixture
 def desk(desks: Desk) -> Iterator[Desk]:
-    desks.answer = echo
-    # What another test cancelled may reach the server only now.
-    assert desks.server.becomes_idle(10)
-    desks.server.serve(lambda request: desks.answer(request))
-    id = desks.peer.request("create_program", {"id": "qa", "signature": "question -> answer"})
-    while desks.peer.receive()["id"] != id:
-        pass  # left over by a test that failed
-    yield desks
-    desks.server.gate.set()
-
-
-def asks(*questions: str) -> list[dict[str, str]]:
-    return [{"question": text} for text in questions]
+    with fresh(desks, echo) as desk:
+        yield desk
 
 
 def test_config_and_lm_hold_for_all(desk: Desk) -> None:
     args = {"config": {"temperature": 0.9}, "lm": {"model": "openai/other", **desk.server.options()}}
-    assert desk.run(asks("a", "b"), args=args)["success"]
+    assert desk.run({"inputs": asks("a", "b"), **args})["success"]
     assert [(r["model"], r["temperature"]) for r in desk.server.requests] == [("other", 0.9)] * 2
-    results = desk.run(asks("a", "b"), args={"config": {"n": "many"}})["result"]["results"]
+    results = desk.run({"inputs": asks("a", "b"), "config": {"n": "many"}})["result"]["results"]
     assert [result["error_type"] for result in results] == ["invalid_args"] * 2
 
 
@@ -93,7 +52,7 @@ def test_ten_thousand_items(desk: Desk) -> None:
     desk.peer.call("create_program", {"id": "many", "signature": "question -> answer", "lm": lm})
     items = asks(*map(str, range(10_000)))
     items[77] = {"other": "x"}
-    id = desk.start(items, "many", meta=True)
+    id = desk.start({"program_id": "many", "inputs": items}, meta=True)
     ping = desk.peer.request("ping")
     assert desk.peer.receive()["id"] == ping, "pings do not wait for it"
     # Several seconds of work.
@@ -105,7 +64,7 @@ def test_ten_thousand_items(desk: Desk) -> None:
     )
     assert results[77]["error_type"] == "invalid_args"
     assert reply["meta"]["lm_calls"] == 9999
-    assert desk.becomes(0, 0)
+    desk.becomes_idle()
 
 
 def test_the_deadline_of_many_items_comes_in_time(start_lm: Callable[..., LMServer]) -> None:
@@ -134,14 +93,14 @@ def test_the_deadline_of_many_items_comes_in_time(start_lm: Callable[..., LMServ
     ],
 )
 def test_limits_of_a_batch_that_are_wrong_are_refused_by_name(desk: Desk, args: dict[str, Any], expected: str) -> None:
-    reply = desk.run(asks("a"), args=args)
+    reply = desk.run({"inputs": asks("a"), **args})
     assert (reply["error_type"], reply["error"]) == ("invalid_args", expected)
     assert not desk.server.requests
 
 
 def test_a_cancel_closes_the_lms_requests(desk: Desk) -> None:
     desk.server.gate.clear()
-    id = desk.start(asks(*map(str, range(20))))
+    id = desk.start({"inputs": asks(*map(str, range(20)))})
     for _ in range(8):
         assert desk.server.arrived.acquire(timeout=PATIENCE)
     desk.peer.send({"cancel": id})
@@ -149,11 +108,12 @@ def test_a_cancel_closes_the_lms_requests(desk: Desk) -> None:
     assert (reply["id"], reply["error_type"]) == (id, "cancelled")
     for _ in range(8):
         assert desk.server.closed_by_client.acquire(timeout=PATIENCE)
-    assert desk.becomes(0, 0) and len(desk.server.requests) == 8
+    desk.becomes_idle()
+    assert len(desk.server.requests) == 8
 
 
 def test_the_meta_of_a_batch_is_that_of_all_items(desk: Desk) -> None:
-    meta = desk.run([*asks("a", "b", "fail"), 5], meta=True)["meta"]
+    meta = desk.run({"inputs": [*asks("a", "b", "fail"), 5]}, meta=True)["meta"]
     assert meta["lm_calls"] == 3 and meta["cache_hits"] == 0
     assert meta["lm_usage"][MODEL]["prompt_tokens"] == 22
     assert meta["duration_ms"] > meta["queue_ms"] >= 0
@@ -183,20 +143,6 @@ def test_executes_at_once_do_not_mix_their_meta(desk: Desk) -> None:
 
 def test_several_completions_are_one_call_with_all_their_tokens(desk: Desk) -> None:
     """Each is a separate request."""
-    meta = desk.run({"question": "a"}, args={"config": {"n": 3}}, meta=True)["meta"]
+    meta = desk.run({"inputs": {"question": "a"}, "config": {"n": 3}}, meta=True)["meta"]
     assert meta["lm_calls"] == 1 and meta["lm_usage"][MODEL]["completion_tokens"] == 7 * 3
     assert len(desk.server.requests) == 3
-
-
-def test_calls_from_threads_count(desk: Desk) -> None:
-    desk.answer = lambda _request: chat(rationale="r", answer="a")
-    args = {
-        "id": "mcc",
-        "signature": "question -> answer",
-        "program_type": "multi_chain_comparison",
-        "options": {"M": 1},
-    }
-    desk.peer.call("create_program", args)
-    inputs = {"question": "q", "completions": [{"reasoning": "r", "answer": "a"}]}
-    meta = desk.run(inputs, program="mcc", meta=True)["meta"]
-    assert (meta["lm_calls"], meta["cache_hits"]) == (1, 0) and meta["lm_usage"][MODEL]["total_tokens"] == 18

@@ -122,7 +122,18 @@ def test_wrong_inputs_are_named_before_any_lm_is_asked(echo_peer: Peer, inputs: 
     assert "many" not in reply["error"]
 
 
-# Valid values that DSPy cannot write into a prompt.
+@pytest.mark.parametrize(
+    ("signature", "args"),
+    [
+        ("question -> answer", {"inputs": {"question": [None]}}),
+        ("question: image -> answer", {"inputs": {"question": "data:image/png;base64,!!"}}),
+        ("question -> answer", {"config": {"temperature": 10**400}, "inputs": {"question": "?"}}),
+    ],
+)
+def test_what_dspy_cannot_send_to_an_lm_is_named(echo_peer: Peer, signature: str, args: dict[str, Any]) -> None:
+    echo_peer.call("create_program", {"id": "p", "signature": signature})
+    reply = echo_peer.call("execute_program", {"program_id": "p", **args})
+    assert reply["error_type"] == "invalid_args" and reply["error"].startswith(next(iter(args))), reply
 
 
 def test_a_secret_at_the_end_of_a_long_error_is_not_cut_but_redacted(echo_peer: Peer) -> None:
@@ -144,10 +155,11 @@ def test_a_cleanup_of_misspelt_ids_removes_nothing(echo_peer: Peer) -> None:
 
 
 def test_texts_that_clients_match_on_are_exact(module_peer: Peer) -> None:
-    for id in ("sk-looks-like-a-key", "two  spaces", "é" * 3000):
+    for id in ("sk-looks-like-a-key", "two  spaces", "é" * 3000, "a\nb\r\x00\x1b[31m\u2028c", "\n" * 100_000):
+        shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in id[:4095]) + "…" * (len(id) > 4095)
         reply = module_peer.call("execute_program", {"program_id": id, "inputs": {}})
-        assert reply["error"] == f"Program not found: {id}"
-        assert module_peer.call(id)["error"] == f"Unknown command: {id}"
+        assert reply["error"] == f"Program not found: {shown}"
+        assert module_peer.call(id)["error"] == f"Unknown command: {shown}"
 
 
 @pytest.mark.parametrize(

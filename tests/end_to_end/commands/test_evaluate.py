@@ -6,15 +6,14 @@ import json
 import math
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lm_env
-from lm_server import Answer, LMServer, chat
-from peer import ROOT, Peer, payloads
+from batch_desk import Desk, asks, fresh, question
+from lm_server import Answer, chat
+from peer import ROOT, payloads
 from tool_host import ToolError
 
 MODEL = "openai/stub-model"
@@ -24,10 +23,6 @@ ANSWERS = ["The Eiffel Tower!", "a cat", "rome, in Italy", "", "Berlin", "no", "
 EXPECTED = ["eiffel tower", "The dog", "rome", "x", "Berlin", "no idea", "one three one"]
 
 
-def question(request: dict[str, Any]) -> str:
-    return str(request["messages"][-1]["content"]).split("[[ ## question ## ]]\n")[1].split("\n")[0]
-
-
 def script(request: dict[str, Any]) -> Answer:
     asked = question(request)
     if asked == "fail":
@@ -35,49 +30,9 @@ def script(request: dict[str, Any]) -> Answer:
     return chat(answer=ANSWERS[ASKED.index(asked)] if asked in ASKED else asked)
 
 
-class Desk:
-    def __init__(self, *flags: str, **env: str) -> None:
-        self.answer: Callable[[dict[str, Any]], Answer] = script
-        self.server = LMServer(lambda request: self.answer(request))
-        self.peer = Peer(*flags, env={**lm_env(self.server), **env})
-
-    def start(self, args: dict[str, Any], **envelope: Any) -> int:
-        return self.peer.request("execute_program", {"program_id": "qa", **args}, **envelope)
-
-    def run(self, args: dict[str, Any], tool: Callable[[dict[str, Any]], Any] | None = None, **envelope: Any) -> Any:
-        """The reply; `frames`: what came before it, but tool calls."""
-        id = self.start(args, **envelope)
-        self.frames: list[dict[str, Any]] = []
-        self.asked: list[dict[str, Any]] = []
-        while "success" not in (frame := self.peer.receive()):
-            assert frame.get("id", id) == id
-            if "tool_call" not in frame:
-                self.frames.append(frame)
-                continue
-            self.asked.append(frame["tool_call"])
-            self.tell(frame["tool_call"], tool)
-        return frame
-
-    def tell(self, call: dict[str, Any], tool: Callable[[dict[str, Any]], Any] | None) -> None:
-        try:
-            assert tool is not None
-            result: dict[str, Any] = {"success": True, "result": tool(call["args"])}
-        except ToolError as error:
-            result = {"success": False, "error": str(error)}
-        self.peer.send({"tool_result": {"call_id": call["call_id"], **result}})
-
-    def idle(self) -> None:
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            stats = self.peer.call("get_stats")["result"]
-            if (stats["in_flight"], stats["queued"]) == (0, 0):
-                return
-        raise AssertionError(stats)
-
-
 @pytest.fixture(scope="module", params=[1, 8])
 def desks(request: pytest.FixtureRequest) -> Iterator[Desk]:
-    desk = Desk("--max-in-flight", str(request.param))
+    desk = Desk(script, request.param)
     with desk.peer:
         yield desk
     desk.server.stop()
@@ -85,20 +40,8 @@ def desks(request: pytest.FixtureRequest) -> Iterator[Desk]:
 
 @pytest.fixture
 def desk(desks: Desk) -> Iterator[Desk]:
-    desks.answer = script
-    # What another test cancelled may reach the server only now.
-    assert desks.server.becomes_idle(10)
-    desks.server.serve(lambda request: desks.answer(request))
-    id = desks.peer.request("create_program", {"id": "qa", "signature": "question -> answer"})
-    while desks.peer.receive().get("id") != id:
-        pass
-    yield desks
-    desks.server.gate.set()
-    desks.idle()
-
-
-def asks(*questions: str) -> list[dict[str, str]]:
-    return [{"question": text} for text in questions]
+    with fresh(desks, script) as desk:
+        yield desk
 
 
 WANTED = [{"answer": text} for text in EXPECTED]
@@ -217,6 +160,8 @@ def fails(_asked: dict[str, Any]) -> Any:
         (fails, "judge: the metric broke"),
         (lambda _: "good", "judge: expected a number, a boolean or"),
         (lambda _: None, "judge: expected a number"),
+        (lambda _: float("nan"), "judge: "),
+        (lambda _: {"feedback": "good"}, "judge: expected a number"),
         (lambda _: {"score": 1, "feedback": 5}, "judge: expected a number"),
         (lambda _: 10**400, "judge: expected a number"),
     ],
@@ -225,9 +170,8 @@ def test_a_metric_that_fails_ends_the_evaluation_at_once(desk: Desk, tool: Any, 
     """Not each item's own error: DSPy would ask the LM for all of them."""
     reply = desk.run({"inputs": asks(*["two"] * 300), "metric": {"tool": "judge"}}, tool)
     assert reply["error_type"] == "tool_error" and reply["error"].startswith(text), reply
-    desk.idle()
-    slots = int(desk.peer.process.args[-1])
-    assert 1 <= len(desk.server.requests) <= slots and 1 <= len(desk.asked) <= slots
+    desk.becomes_idle()
+    assert 1 <= len(desk.server.requests) <= desk.slots and 1 <= len(desk.asked) <= desk.slots
 
 
 @pytest.mark.parametrize(("status", "name"), [(401, "LMAuthError"), (402, "LMBillingError"), (403, "LMAuthError")])
@@ -236,8 +180,8 @@ def test_a_key_or_an_account_that_the_lm_refuses_ends_the_evaluation(desk: Desk,
     desk.answer = lambda _request: (status, {"error": {"message": "refused", "type": "error", "code": None}})
     reply = desk.run({"inputs": asks(*["two"] * 300), "expected": [{"answer": "x"}] * 300, "metric": EXACT})
     assert reply["error_type"] == "lm_error" and reply["retryable"] is False and name in reply["error"]
-    desk.idle()
-    assert 1 <= len(desk.server.requests) <= int(desk.peer.process.args[-1])
+    desk.becomes_idle()
+    assert 1 <= len(desk.server.requests) <= desk.slots
 
 
 CONTENTS = "s3cret"
@@ -265,8 +209,8 @@ def test_contents_are_not_logged(frames: str, tmp_path: Path) -> None:
     """Neither to stderr nor in log frames, whatever ends the evaluation."""
     (tmp_path / "host.py").write_text(HOST)
     logs = {"DSPY_BRIDGE_LOG_FRAMES": frames, "DSPY_BRIDGE_LOG_LEVEL": "debug"}
-    desk = Desk(**logs, DSPY_BRIDGE_ALLOW_MODULES="host", PYTHONPATH=f"{ROOT}:{tmp_path}")
-    desk.answer = lambda request: chat(answer=f"{CONTENTS} {question(request)}")
+    env = {**logs, "DSPY_BRIDGE_ALLOW_MODULES": "host", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    desk = Desk(lambda request: chat(answer=f"{CONTENTS} {question(request)}"), **env)
     with desk.peer:
         seen: list[dict[str, Any]] = []
         for id, program_type in {"qa": "predict", "breaks": "host:Breaks"}.items():
@@ -335,7 +279,7 @@ def test_an_end_stops_runs_and_scores(desk: Desk, how: str, where: str) -> None:
     timeout = {"timeout_ms": 1000} if how == "deadline" else {}
     id = desk.start({"inputs": asks(*["two"] * 50), "metric": {"tool": "judge"}}, **timeout)
     # All of those that may be in work, so that no request is on its way.
-    for _ in range(int(desk.peer.process.args[-1])):
+    for _ in range(desk.slots):
         if where == "lm":
             assert desk.server.arrived.acquire(timeout=10)
         else:
@@ -349,7 +293,7 @@ def test_an_end_stops_runs_and_scores(desk: Desk, how: str, where: str) -> None:
     else:
         assert reply["result"]["failed"] == 50 and reply["result"]["score"] == 0.0
         assert {item["error_type"] for item in reply["result"]["results"]} == {"timeout"}
-    desk.idle()
+    desk.becomes_idle()
     asked = len(desk.server.requests)
     desk.server.gate.set()
     if where == "metric":

@@ -161,11 +161,11 @@ def test_nor_does_the_lm_of_a_program_a_state_or_an_optimizer(proxy: TLSProxy, b
 
 
 def test_an_address_that_litellm_would_ignore_is_refused_by_create_program(proxy: TLSProxy) -> None:
-    """Of the program, and of the settings; one in a model's name takes nothing of the peer's LM along."""
+    """Of the program, and of the settings."""
     own = {"api_base": "http://127.0.0.1:9/v1", "api_key": "sk-own-0001"}
     options = {"api_base": "http://127.0.0.1:9/v1", "api_key": SECRETS["api_key"]}
     with Peer(env=peer_env(proxy, "openai/gpt-4o-mini", **options)) as peer:
-        for model in ("replicate/owner/model", "huggingface/owner/model", "oobabooga/http://elsewhere.test"):
+        for model in ("replicate/owner/model", "huggingface/owner/model"):
             reply = peer.call("create_program", {**QA, "lm": {"model": model, **own}})
             assert reply["error_type"] == "invalid_args" and reply["error"].startswith("lm.api_base: "), reply
         peer.call("create_program", QA)

@@ -23,14 +23,6 @@ METRICS: list[tuple[Callable[..., Any], str]] = [
     (fails, "judge: the metric broke"),
     (unknown, "judge: there is no tool judge"),
     (lambda **_: "good", "judge: expected a number, a boolean or"),
-    (lambda **_: None, "judge: expected a number"),
-    (lambda **_: 10**400, "judge: expected a number"),
-    (lambda **_: float("nan"), "judge: "),
-    (lambda **_: float("inf"), "judge: "),
-    (lambda **_: [1], "judge: expected a number"),
-    (lambda **_: {"score": {"score": 1}}, "judge: expected a number"),
-    (lambda **_: {"score": 1, "feedback": {"text": "good"}}, "judge: expected a number"),
-    (lambda **_: {"feedback": "good"}, "judge: expected a number"),
 ]
 
 
@@ -171,10 +163,9 @@ def cutting(which: Callable[[int], bool]) -> Callable[[dict[str, Any]], Answer]:
 
 
 @pytest.mark.parametrize(("optimizer", "role"), ROLES)
-@pytest.mark.parametrize("number", [0, 1])
-def test_one_answer_that_is_cut_off(desk: Desk, optimizer: str, role: str, number: int) -> None:
+def test_one_answer_that_is_cut_off(desk: Desk, optimizer: str, role: str) -> None:
     """It fails its candidate, not the run, nor the other answers to the same call."""
-    desk.serve(cutting(lambda n: n == number))
+    desk.serve(cutting(lambda n: n == 1))
     reply = desk.run(optimizer, **asking(desk, optimizer, role))
     assert reply["success"] and reply["result"]["score"] > reply["result"]["baseline"], reply
 

@@ -19,16 +19,10 @@ def desk_env() -> dict[str, str]:
 
 WRONG: list[tuple[Any, Any, str]] = [
     ({**GOOD[0], "count": "many"}, GOOD[1], "inputs[{}].count: "),
-    ({**GOOD[0], "count": None}, GOOD[1], "inputs[{}].count: "),
-    ({"question": "x"}, GOOD[1], "inputs[{}].count: "),
     ({**GOOD[0], "cuont": 2}, GOOD[1], "inputs[{}]"),
-    ([], GOOD[1], "inputs[{}]: expected an object"),
-    ("x", GOOD[1], "inputs[{}]: expected an object"),
     (None, GOOD[1], "inputs[{}]: expected an object"),
     (GOOD[0], {"answer": "x", "sure": "perhaps"}, "expected[{}].sure: "),
-    (GOOD[0], {"answer": ["x"], "sure": True}, "expected[{}].answer: "),
     (GOOD[0], {"sure": True}, "expected[{}].answer: missing"),
-    (GOOD[0], {"answer": "x", "question": "y"}, "expected[{}].question: an input"),
     (GOOD[0], None, "expected[{}]: expected an object"),
 ]
 

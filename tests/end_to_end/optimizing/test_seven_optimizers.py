@@ -119,16 +119,6 @@ def test_its_state_loads_and_scores_as_that_of_the_same_code_in_python(
     assert state != program().dump_state() and result["lm_calls"] == len(asked)
 
 
-@pytest.mark.parametrize("optimizer", ["random_search", "copro", "mipro_v2", "simba", "gepa"])
-def test_1_and_4_threads_give_the_same_state_by_the_same_requests(peer: Peer, lm: LMServer, optimizer: str) -> None:
-    found = {}
-    for threads in (1, 4):
-        lm.serve(reply)
-        result = optimized(peer, optimize(optimizer, wire_lms(lm), num_threads=threads))
-        found[threads] = {**result, "asked": requests(lm)}
-    assert found[1] == found[4]
-
-
 @pytest.mark.parametrize(
     ("optimizer", "purposes"),
     [

@@ -302,11 +302,11 @@ FORKS = """
 
 
 @pytest.mark.parametrize(
-    ("after", "forks"),
-    [("pass", 0), (FORKS.strip(), 1)],
-    ids=["", "forks"],
+    ("after", "forks", "kill"),
+    [("pass", 0, os.kill), ("pass", 0, os.killpg), (FORKS.strip(), 1, os.kill)],
+    ids=["", "of its group", "forks"],
 )
-def test_a_sigkill(start: Any, tree: Any, after: str, forks: int) -> None:
+def test_a_sigkill(start: Any, tree: Any, after: str, forks: int, kill: Any) -> None:
     """Its owner sees the end of its output, and all that it started is gone, whatever the watchdog was sent.
 
     Nor is that changed by forks of the peer that execute nothing: one that runs its exit handlers, one that stays, in
@@ -322,7 +322,7 @@ def test_a_sigkill(start: Any, tree: Any, after: str, forks: int) -> None:
     assert len(expected) == len(everything) - forks
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         watchdog.send_signal(number)
-    peer.process.kill()
+    kill(peer.process.pid, signal.SIGKILL)
     assert select.select([peer.process.stdout], [], [], SOON)[0] and peer.process.stdout.read() == b""
     all_gone(expected)
 

@@ -91,20 +91,6 @@ def test_dspy_is_imported_after_the_first_answer_without_a_program(tmp_path: Pat
         assert peer.finish() == (0, b"", "")
 
 
-def test_an_import_of_dspy_that_fails_is_the_error_of_the_first_program(tmp_path: Path) -> None:
-    (tmp_path / "dspy.py").write_text("import os\nopen(os.environ['RECORD'], 'a').write('.')\n1 / 0\n")
-    record = tmp_path / "record"
-    with Peer(env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "RECORD": str(record)}) as peer:
-        assert peer.call("ping")["success"]
-        end = time.monotonic() + PATIENCE
-        while not record.exists():
-            assert time.monotonic() < end
-        reply = peer.call("create_program", CREATE)
-        assert reply["error_type"] == "internal" and "DSPy cannot be set up: division by zero" in reply["error"]
-        assert record.read_text() == ".."
-        assert peer.finish()[2].count("internal error") == 1
-
-
 def test_a_truncated_frame_at_the_end_of_input_is_logged(fresh_echo_peer: Peer) -> None:
     fresh_echo_peer.send({"id": 1, "command": "ping"})
     assert fresh_echo_peer.receive()["success"]
@@ -169,30 +155,6 @@ def test_stray_output_never_reaches_the_frames(tmp_path: Any) -> None:
     assert all(text in log for text in ("python print", "raw write", "from a child")) and "stray" not in log
 
 
-FORKS = """
-import os, signal
-def init():
-    begun, begins = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(begins, b".")
-        signal.pause()
-    os.read(begun, 1)
-    os.kill(child, signal.SIGTERM)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGTERM
-"""
-
-
-def test_sigterm_ends_a_fork_of_the_hosts_and_not_the_peer(tmp_path: Any) -> None:
-    """As when a multiprocessing.Process is terminated: the fork has the peer's signal handlers."""
-    (tmp_path / "forks.py").write_text(FORKS)
-    env = {"DSPY_BRIDGE_INIT": "forks:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    with Peer(env=env) as peer:
-        assert peer.call("create_program", CREATE)["success"]
-        assert peer.call("execute_program", ASK)["success"]
-
-
 def test_what_was_received_is_answered_after_the_end_of_input() -> None:
     """One write of all requests, then end of input: every request has its reply, then exit 0."""
     with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
@@ -246,22 +208,6 @@ def test_sigterm_is_like_the_end_of_input(start_lm: Any) -> None:
         assert peer.process.wait(PATIENCE) == 0
 
 
-def test_a_log_that_nobody_reads_costs_no_reply(start_lm: Any) -> None:
-    server = start_lm()
-    server.gate.clear()
-    with Peer(env=lm_env(server)) as peer:
-        peer.call("create_program", CREATE)
-        assert peer.process.stderr is not None and peer.process.stdin is not None
-        peer.process.stderr.close()
-        peer.request("execute_program", ASK)
-        assert server.arrived.acquire(timeout=PATIENCE)
-        peer.send_bytes(b"half a header"[:3])
-        peer.process.stdin.close()
-        server.gate.set()
-        assert peer.receive()["result"] == {"answer": "Paris"}
-        assert peer.process.wait(PATIENCE) == 0
-
-
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
 def test_closed_standard_descriptors(closed: str) -> None:
     """Without input or output there is nothing to serve; without a log there is."""
@@ -278,21 +224,6 @@ def test_sigint_is_ignored_where_stdin_is_a_pipe(fresh_echo_peer: Peer) -> None:
     assert fresh_echo_peer.call("ping")["success"]
     fresh_echo_peer.process.send_signal(2)
     assert fresh_echo_peer.call("ping")["success"]
-
-
-def test_the_peer_goes_at_once_when_its_reader_is_gone(start_lm: Any) -> None:
-    """The owner was killed: both pipes close, whatever is in flight."""
-    server = start_lm()
-    server.gate.clear()
-    with Peer(env=lm_env(server)) as peer:
-        peer.call("create_program", CREATE)
-        peer.request("execute_program", ASK)
-        assert server.arrived.acquire(timeout=PATIENCE)
-        assert peer.process.stdin is not None and peer.process.stdout is not None
-        peer.process.stdout.close()
-        peer.process.stdin.close()
-        # Far below the 5 s that draining would take.
-        assert peer.process.wait(2) == 0
 
 
 def test_an_owner_that_does_not_read_stops_being_read_from() -> None:
@@ -323,21 +254,6 @@ def test_an_owner_that_does_not_read_stops_being_read_from() -> None:
         peer.send({"id": "last", "command": "ping"})
         while peer.receive()["id"] != "last":
             pass
-
-
-def test_sigterm_ends_a_peer_whose_replies_nobody_reads() -> None:
-    with Peer("--drain-ms", "100") as peer:
-        assert peer.call("ping")["success"]
-        assert peer.process.stdin is not None
-        fd = peer.process.stdin.fileno()
-        os.set_blocking(fd, False)
-        one = frame(json.dumps({"id": "x" * 50_000, "command": "ping"}).encode())
-        with pytest.raises(BlockingIOError):
-            while os.write(fd, one):
-                with pytest.raises(subprocess.TimeoutExpired):
-                    peer.process.wait(0.01)
-        peer.terminate()
-        assert peer.process.wait(PATIENCE) == 0
 
 
 def test_an_interpreter_without_dspys_packages_ends_with_a_line_that_names_them(tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import lm_env
 from lm_server import LMServer, chat, script
-from peer import ROOT, Peer
+from peer import Peer
 from shared_peers import shared_peer
 
 STARS = "review -> stars: int"
@@ -178,42 +177,3 @@ def test_a_number_of_attempts_that_is_none_is_refused(echo_peer: Peer, attempts:
     create(echo_peer)
     reply = run(echo_peer, attempts=attempts)
     assert (reply["error_type"], reply["error"]) == ("invalid_args", "attempts: expected a whole number from 1 to 10")
-
-
-HOST = """
-import dspy
-
-class Draft(dspy.Module):
-    # Both predictors have the output that the program has.
-    def __init__(self, signature):
-        super().__init__()
-        self.first, self.second = dspy.Predict("review -> stars: int"), dspy.Predict("review, draft: int -> stars: int")
-
-    def forward(self, review):
-        return self.second(review=review, draft=self.first(review=review).stars)
-"""
-
-
-def with_modules(folder: Path) -> dict[str, str]:
-    path = f"{ROOT}:{folder}"
-    return {"PYTHONPATH": path, "DSPY_BRIDGE_ALLOW_MODULES": "host", "DSPY_BRIDGE_ADAPTER": "json"}
-
-
-@pytest.mark.parametrize(
-    ("answers", "lengths"),
-    [
-        # The draft means something else than the program's output of the same name.
-        (['{"stars": 7}', '{"stars": 2}'], [2, 2]),
-        ([WRONG["json"], '{"stars": 2}', '{"stars": 2}'], [2, 4, 2]),
-        (['{"stars": 2}', WRONG["json"], '{"stars": 2}'], [2, 2, 4]),
-    ],
-)
-def test_of_two_predictors_with_one_output_the_right_one_is_told(
-    start_lm: Any, folder: Path, answers: list[str], lengths: list[int]
-) -> None:
-    server = start_lm(script(*answers))
-    outputs = [{"name": "stars", "type": {"type": "integer", "maximum": 3}}]
-    with shared_peer(env={**lm_env(server), **with_modules(folder)}) as peer:
-        create(peer, signature={"inputs": [{"name": "review"}], "outputs": outputs}, program_type="host:Draft")
-        assert run(peer, attempts=2)["result"] == {"stars": 2}
-    assert [len(request["messages"]) for request in server.requests] == lengths

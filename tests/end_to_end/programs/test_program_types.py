@@ -131,24 +131,6 @@ def test_refine_keeps_the_adapter_that_was_chosen(start_lm: Any, adapter: Any) -
     assert len(server.requests) == 3 and "## completed ##" not in prompts(server)[0]
 
 
-@pytest.mark.parametrize("program_type", ["best_of_n", "refine"])
-def test_demos_state_and_config_reach_every_attempt(start_lm: Any, program_type: str) -> None:
-    server = start_lm(script(chat(answer="no"), chat(answer="yes")))
-    create = {**CREATE, "program_type": program_type, "options": YES}
-    # Refine's own call in between cannot be read here, which is one attempt.
-    with shared_peer(env=lm_env(server)) as peer:
-        demos = [{"question": "How?", "answer": "like so"}]
-        assert peer.call("create_program", {**create, "demos": demos, "config": {"max_tokens": 77}})["success"]
-        assert peer.call("execute_program", ASK)["result"] == {"answer": "yes"}
-        state = peer.call("list_programs", {"state": True})["result"]["details"][0]["state"]
-        again = peer.call("create_program", {**create, "id": "y", "state": state})
-        assert again["success"], again
-        assert peer.call("execute_program", {**ASK, "program_id": "y"})["result"] == {"answer": "yes"}
-    attempts = [text for text in prompts(server) if "Why?" in text and "discussion" not in text]
-    assert len(attempts) >= 3 and all("like so" in text for text in attempts)
-    assert server.requests[0]["max_completion_tokens"] == 77
-
-
 COMPLETIONS = [{"reasoning": f"because of {n}", "answer": n} for n in range(3)]
 
 

@@ -155,21 +155,6 @@ def test_the_lm_may_leave_arguments_out(start_lm: Any, declared: dict[str, Any])
     assert all(text in shown for text in ("from 1 on (optional)", "'default': 10", "'default': None"))
 
 
-def test_a_call_that_is_not_answered_by_the_deadline_ends_the_execute(start_lm: Any) -> None:
-    """A late result is ignored; a result without a call is an error."""
-    server = start_lm(step("search", {"query": "a", "most": 1}))
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", CREATE)
-        id = peer.request("execute_program", ASK, timeout_ms=300)
-        call = peer.receive()["tool_call"]
-        reply = peer.receive()
-        assert (reply["id"], reply["error_type"]) == (id, "timeout")
-        answer(peer, call, {"search": lambda query, most: "late"})
-        assert peer.call("ping")["success"]
-        peer.send({"tool_result": {"call_id": 10**6, "success": True, "result": 1}})
-        assert peer.receive()["error_type"] == "invalid_request"
-
-
 # Native function calling.
 
 

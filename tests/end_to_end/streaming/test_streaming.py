@@ -193,6 +193,17 @@ def test_what_the_cache_answers_is_one_chunk(stage: Stage) -> None:
     assert len(stage.server.requests) == 1
 
 
+@pytest.mark.parametrize("kind", ["best_of_n", "refine"])
+def test_the_best_of_several_is_one_chunk(stage: Stage, kind: str) -> None:
+    answers = iter(
+        [chat(answer="Rome"), *[chat(discussion="d", advice="{}")] * (kind == "refine"), chat(answer="Paris")]
+    )
+    stage.answer = lambda _request: next(answers)
+    reward = {"field": "answer", "equals": "Paris"}
+    frames, reply = stage.run(stage.create(kind, options={"N": 2, "threshold": 1.0, "reward": reward}))
+    assert frames == [{"field": "answer", "chunk": "Paris"}] and reply["result"] == {"answer": "Paris"}
+
+
 def test_an_answer_that_does_not_fit_is_told_as_such_after_its_chunks(stage: Stage) -> None:
     """After a chunk was sent there is no second attempt; its answer is not streamed."""
     stage.answer = chat(answer="Paris", count="many")

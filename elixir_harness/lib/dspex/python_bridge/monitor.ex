@@ -21,7 +21,8 @@ defmodule DSPex.PythonBridge.Monitor do
 
   Health is a map:
 
-    * `:status` – `:healthy` or `:unhealthy` by the last check, `:unknown` before the first
+    * `:status` – `:healthy` or `:unhealthy` by the last check, `:unknown` before the first, and of
+      what is no monitor that runs
     * `:failures` – misses in a row that count towards a restart
     * `:last_check` – when the last check ended, a UTC `DateTime`, or nil
     * `:checks` – how many checks there were
@@ -36,6 +37,9 @@ defmodule DSPex.PythonBridge.Monitor do
   alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
   alias DSPex.PythonBridge.Bridge.{Health, Server}
   alias DSPex.PythonBridge.Options.Table
+
+  # A monitor answers questions at once, as a bridge does.
+  @question_ms 5_000
 
   # timer: of the next check; nil while one runs. waiting: callers who forced it. pings: those under way, by their monitors:
   # when they were sent, and whether in doubt. doubt: the timer of the next ping in doubt; again?: whether there is reason
@@ -68,20 +72,43 @@ defmodule DSPex.PythonBridge.Monitor do
   end
 
   @doc """
-  The health by the checks so far; answered at once, also while a check runs.
+  The health by the checks so far; answered at once, also while a check runs. None of these functions exits or raises in
+  the caller.
   """
   @spec get_health_status(GenServer.server()) :: health()
-  def get_health_status(monitor \\ __MODULE__), do: GenServer.call(monitor, :health)
+  def get_health_status(monitor \\ __MODULE__), do: ask(monitor, :health)
 
   @doc """
   Makes a check now, or waits for the one that is running, and returns the health after it. It counts like any other.
   """
   @spec force_health_check(GenServer.server()) :: health()
-  def force_health_check(monitor \\ __MODULE__), do: GenServer.call(monitor, :check, :infinity)
+  def force_health_check(monitor \\ __MODULE__) do
+    # What is no monitor has no such time.
+    with check_ms when is_integer(check_ms) <- ask(monitor, :check_ms),
+         do: ask(monitor, :check, check_ms)
+  end
 
   @doc "Forgets all checks so far: the health is as before the first."
   @spec reset_stats(GenServer.server()) :: :ok
-  def reset_stats(monitor \\ __MODULE__), do: GenServer.call(monitor, :reset)
+  def reset_stats(monitor \\ __MODULE__) do
+    ask(monitor, :reset)
+    :ok
+  end
+
+  defp ask(monitor, question, timeout \\ @question_ms) do
+    pid = GenServer.whereis(monitor)
+
+    # A process of another kind may end by the question, as a pool would. One of another node cannot be looked at.
+    with true <- not is_pid(pid) or node(pid) != node() or monitor?(pid),
+         answer when answer != {:error, :unknown_call} <- GenServer.call(pid, question, timeout),
+         do: answer,
+         else: (_no_monitor -> Health.report(%Health{}))
+  catch
+    # Any term may be given as a monitor, and may raise.
+    _kind, _not_running -> Health.report(%Health{})
+  end
+
+  defp monitor?(pid), do: :proc_lib.translate_initial_call(pid) == {__MODULE__, :init, 1}
 
   @doc """
   The options with their defaults, or the error that names the wrong one.
@@ -115,6 +142,11 @@ defmodule DSPex.PythonBridge.Monitor do
 
   @impl GenServer
   def handle_call(:health, _from, state), do: {:reply, Health.report(state.health), state}
+
+  # Of a ping, and the bridge's status if that is missed.
+  def handle_call(:check_ms, _from, state),
+    do: {:reply, state.options.timeout + 3 * @question_ms, state}
+
   def handle_call(:reset, _from, state), do: {:reply, :ok, %{state | health: %Health{}}}
 
   def handle_call(:check, from, state) do

@@ -96,14 +96,16 @@ defmodule DSPex.PythonBridge.Options do
   end
 
   # Wrong options are refused by new/1.
-  defp each_secret(opts, fun) when is_list(opts) do
-    Enum.map(opts, fn
-      {key, value} when key in @secret -> {key, fun.(value)}
-      other -> other
-    end)
+  defp each_secret(opts, fun) do
+    if is_list(opts) and not List.improper?(opts) do
+      Enum.map(opts, fn
+        {key, value} when key in @secret -> {key, fun.(value)}
+        other -> other
+      end)
+    else
+      opts
+    end
   end
-
-  defp each_secret(opts, _fun), do: opts
 
   defp sealed(value), do: fn -> value end
 

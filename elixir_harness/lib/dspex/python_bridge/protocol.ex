@@ -120,10 +120,6 @@ defmodule DSPex.PythonBridge.Protocol do
   @spec ping?(binary()) :: boolean()
   def ping?(body), do: String.starts_with?(body, ~s(,"command":"ping"))
 
-  @doc "Whether a body is that of a run."
-  @spec run?(binary()) :: boolean()
-  def run?(body), do: String.starts_with?(body, ~s(,"command":"execute_program"))
-
   @doc """
   The control frame that cancels a request. It has no reply of its own.
 

@@ -68,7 +68,8 @@ defmodule Mix.Tasks.Dspex.Eval do
     * 0 – the result is good enough
     * 1 – the score is below `--min`, or has fallen by more than `--tolerance`
     * 2 – nothing was measured: a wrong argument, file or baseline, no Python, an LM that refuses the key, a metric that
-      raises, an application that does not start; or all runs failed without an answer of the LM that could be scored
+      raises, an application that does not start; or all runs failed without an answer of the LM that could be scored; or
+      the result could not be written to standard output
 
   Mix itself exits with 1 if it cannot load the project, and nothing is on standard output then. Of runs of which only some
   fail, each has the score 0: look at `failed`.
@@ -95,7 +96,7 @@ defmodule Mix.Tasks.Dspex.Eval do
         if switches[:json], do: Mix.DSPex.divert_output(measure), else: measure.()
       end)
 
-    if report.json, do: IO.puts(json(report)), else: Mix.shell().info(text(report))
+    Mix.DSPex.print(if report.json, do: json(report), else: text(report))
     for {_reason, text} <- report.reasons, do: Mix.shell().error("failed: " <> text)
     if report.reasons == [], do: :ok, else: exit({:shutdown, 1})
   end

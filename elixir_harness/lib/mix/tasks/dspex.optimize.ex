@@ -44,7 +44,8 @@ defmodule Mix.Tasks.Dspex.Optimize do
       the text says so
     * 1 – the file has a state, and the gain is below `--require-gain`, or is not known, as the optimizer scores nothing
     * 2 – an error has ended the optimization: a wrong argument or file, no Python, an LM that refuses the key, a metric that
-      raises, an application that does not start; or a budget was spent before the first candidate
+      raises, an application that does not start; or a budget was spent before the first candidate; or
+      the text could not be written to standard output
     * 143 – SIGTERM
 
   Mix itself exits with 1 if it cannot load the project. The progress goes to standard error: a line for each better candidate,
@@ -74,7 +75,7 @@ defmodule Mix.Tasks.Dspex.Optimize do
 
     gain = if result.score && result.baseline, do: result.score - result.baseline
     not_better = if gain && gain < @same, do: "not better than before\n"
-    Mix.shell().info("#{result}\n#{not_better}the state is in #{switches[:out]}")
+    Mix.DSPex.print("#{result}\n#{not_better}the state is in #{switches[:out]}")
     require_gain(gain, switches[:require_gain])
   end
 

@@ -3,7 +3,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Monitor}
+  alias DSPex.PythonBridge.{Bridge, Monitor, Pool}
   alias DSPex.Test.FakePeer
 
   # No check comes by itself during a test that does not want one.
@@ -177,6 +177,23 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert %{status: :unhealthy, failures: 1} = Monitor.force_health_check(monitor)
     assert %{status: :unhealthy, failures: 0} = Monitor.force_health_check(monitor)
     assert %{status: :unhealthy, failures: 1} = Monitor.force_health_check(monitor)
+  end
+
+  test "what is no monitor that runs has the health of one before its first check" do
+    pool = Keyword.merge(FakePeer.opts(:echo), name: __MODULE__.Pool, pool_size: 1)
+    pool = start_supervised!({Pool, pool})
+    silent = spawn_link(fn -> Process.sleep(:infinity) end)
+    unknown = Monitor.get_health_status(start_monitor(:nobody))
+
+    for server <-
+          [nil, 5, "text", :nobody, {:global, :nobody}, {:nobody, :nowhere@invalid}] ++
+            [{:via, NoSuchModule, 1}, self(), spawn(fn -> :ok end), silent, pool] do
+      assert Monitor.get_health_status(server) == unknown
+      assert Monitor.force_health_check(server) == unknown
+      assert Monitor.reset_stats(server) == :ok
+    end
+
+    assert Pool.status(pool).peers != []
   end
 
   test "get_health_status/1 answers while a check runs; who asks for one meanwhile shares it" do

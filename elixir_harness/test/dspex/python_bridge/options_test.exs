@@ -4,7 +4,7 @@ defmodule DSPex.PythonBridge.OptionsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Options, Pool}
+  alias DSPex.PythonBridge.{Bridge, Monitor, Options, Pool, Supervisor}
   alias DSPex.PythonBridge.Protocol.PeerEnv
 
   doctest PeerEnv
@@ -55,7 +55,14 @@ defmodule DSPex.PythonBridge.OptionsTest do
       assert {:error, %ArgumentError{message: ^message}} = Bridge.start_link([{opt, value}])
     end
 
-    assert {:error, %ArgumentError{}} = Options.new(%{name: :a})
+    for start <-
+          [&Bridge.start_link/1, &Pool.start_link/1, &Monitor.start_link/1] ++
+            [&Supervisor.start_link/1, &Options.new/1],
+        opts <- [%{name: :a}, [1 | 2], [{:lm, "a"} | 2]] do
+      assert {:error, %ArgumentError{message: message}} = start.(opts)
+      assert message =~ "options: expected a keyword list"
+    end
+
     put_config(:python_bridge, :nonsense)
     assert {:error, %ArgumentError{message: message}} = Options.new([])
     assert message =~ "config"

@@ -5,6 +5,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
+  import DSPex.Test.Telemetry, only: [events: 0]
 
   alias DSPex.PythonBridge.{Bridge, Error, Monitor, Pool, Telemetry}
   alias DSPex.PythonBridge.Telemetry.CallSpan
@@ -53,14 +54,6 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   end
 
   defp os_pid(bridge), do: Bridge.get_status(bridge).os_pid
-
-  defp events do
-    receive do
-      {event, measured, metadata} when is_list(event) -> [{event, measured, metadata} | events()]
-    after
-      0 -> []
-    end
-  end
 
   defp of_calls,
     do: for({[:bridge, :call | _] = event, _, metadata} <- events(), do: {event, metadata})
@@ -197,7 +190,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
 
   test "[:bridge, :resend] reports how many calls are sent again, and why" do
     bridge = fake_bridge(:silent)
-    calls = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 1_000) end)
+    calls = for _ <- 1..3, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 500) end)
     once = Task.async(fn -> Bridge.request(bridge, :ping, %{}, retry: false) end)
     eventually(fn -> Bridge.get_status(bridge).pending == 4 end)
     FakePeer.kill(bridge)
@@ -212,7 +205,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     # In its end it would wait for what the monitor has asked.
     env = %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
     pool = start_pool(FakePeer.opts(:silent, pool_size: 1, env: env))
-    call = Task.async(fn -> Pool.call(pool, :ping, %{}, 1_000) end)
+    call = Task.async(fn -> Pool.call(pool, :ping, %{}, 500) end)
     [%{bridge: bridge}] = Pool.status(pool).peers
     eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
     FakePeer.kill(bridge)

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Calls do
   # its earlier peer are ignored.
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request, SendQueue, Suspects}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request, SendQueue}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Tools.Invocation
 
@@ -84,24 +84,12 @@ defmodule DSPex.PythonBridge.Calls do
         :nobody
 
       request ->
-        {_request, in_flight} = InFlight.take_out(warm(in_flight, port, request), id)
+        {_request, in_flight} = InFlight.take_out(in_flight, id)
         if request.change, do: note_change(in_flight, request.change, request.body, frame)
         InFlight.answer(request, {:frame, frame})
         {:ok, Dispatcher.answered(in_flight, request)}
     end
   end
-
-  # For each reply: the peer has usually answered a run before.
-  @compile {:inline, warm: 3}
-
-  defp warm(%InFlight{to: port, suspects: %{cold?: true} = suspects} = in_flight, port, request) do
-    # `take_out` shows it to the observer.
-    if Protocol.run?(request.body),
-      do: %{in_flight | suspects: Suspects.warm(suspects)},
-      else: in_flight
-  end
-
-  defp warm(in_flight, _port, _request), do: in_flight
 
   # Before the caller has its reply.
   defp note_change(in_flight, change, body, frame) do

@@ -116,7 +116,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp advance(%InFlight{to: nil} = in_flight), do: in_flight
 
   defp advance(%InFlight{held: held} = in_flight) do
-    {ids, suspects} = Suspects.next(in_flight.suspects, in_flight.max_retries)
+    {ids, suspects} = Suspects.next(in_flight.suspects)
 
     Enum.reduce(
       :gb_sets.to_list(held) ++ ids,
@@ -187,8 +187,21 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     in_flight = if in_flight.silent?, do: InFlight.silent(in_flight, false), else: in_flight
     suspects = Suspects.start(in_flight.suspects, not :gb_sets.is_empty(in_flight.held))
     in_flight = give_programs(%{in_flight | suspects: suspects}, port)
+    in_flight = if suspects.cold?, do: ask_for_dspy(in_flight, port), else: in_flight
     tap(advance(%{in_flight | to: port}), &InFlight.show_load/1)
   end
+
+  # A list with states is answered when DSPy is imported, even that of no program.
+  defp ask_for_dspy(in_flight, port) do
+    {:ok, body} = Protocol.encode_body(:list_programs, %{program_ids: [], state: true})
+    {id, in_flight} = own_request(in_flight, port, body)
+    %{in_flight | asked: id}
+  end
+
+  @doc "To be called with the reply to the request `asked`: the peer has imported DSPy."
+  @spec warm(InFlight.t()) :: InFlight.t()
+  def warm(%InFlight{suspects: suspects} = in_flight),
+    do: tap(%{in_flight | asked: nil, suspects: Suspects.warm(suspects)}, &InFlight.show_load/1)
 
   # The peer loads a program with the first run that needs it.
   defp give_programs(%InFlight{send_queues: queues} = in_flight, port) do
@@ -203,7 +216,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp take_back(%InFlight{send_queues: queues} = in_flight, port) do
     {ids, queue} = SendQueue.take_back(Map.fetch!(queues, port))
     unwritten = MapSet.new(ids)
-    suspects = Suspects.stop(in_flight.suspects)
+    suspects = Suspects.stop(in_flight.suspects, :replaced)
     in_flight = %{in_flight | send_queues: %{queues | port => queue}, suspects: suspects}
 
     for {id, request} <- InFlight.at(in_flight, port), reduce: in_flight do
@@ -236,29 +249,26 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     serves? = in_flight.to == port
     suspects = if serves?, do: in_flight.suspects, else: %Suspects{}
     in_flight = %{in_flight | send_queues: queues}
-    in_flight = if serves?, do: none_serves(in_flight), else: in_flight
+    in_flight = if serves?, do: none_serves(in_flight, how), else: in_flight
 
     in_flight =
       for {id, request} <- calls, reduce: in_flight do
         in_flight ->
-          cond do
-            id in unwritten ->
-              lost_call(in_flight, id, request, :unsent)
+          how =
+            cond do
+              id in unwritten -> :unsent
+              how == :died -> Suspects.blame(suspects, id, request, in_flight.max_retries)
+              true -> how
+            end
 
-            how == :died and
-                not Suspects.blamed?(suspects, id, request, in_flight.max_retries) ->
-              lost_call(in_flight, id, %{request | spared: request.spared + 1}, :spared)
-
-            true ->
-              lost_call(in_flight, id, request, how)
-          end
+          lost_call(in_flight, id, request, how)
       end
 
     in_flight |> release_callers() |> advance()
   end
 
-  defp none_serves(in_flight),
-    do: %{in_flight | to: nil, suspects: Suspects.stop(in_flight.suspects)}
+  defp none_serves(in_flight, how),
+    do: %{in_flight | to: nil, suspects: Suspects.stop(in_flight.suspects, how)}
 
   defp lost_call(in_flight, id, %Request{resend: :tool_begun}, _how),
     do: InFlight.fail(in_flight, id, :tool_begun)
@@ -279,15 +289,20 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
 
   defp lost_call(in_flight, id, request, how) do
     InFlight.restarted(request)
-    deaths = if how == :died, do: request.deaths + 1, else: request.deaths
     resent = if how == :unsent, do: in_flight.resent, else: in_flight.resent + 1
-    hold(%{in_flight | resent: resent}, id, %{request | deaths: deaths, told?: false})
+    hold(%{in_flight | resent: resent}, id, %{counted(request, how) | told?: false})
   end
+
+  defp counted(request, how) when how in [:died, :in_group],
+    do: %{request | deaths: request.deaths + 1}
+
+  defp counted(request, :spared), do: %{request | spared: request.spared + 1}
+  defp counted(request, _unsent_or_replaced), do: request
 
   defp callers_failure(:died), do: :sent
   defp callers_failure(:unsent), do: :unsent
   # It may be resent, and is not blamed.
-  defp callers_failure(_spared_or_replaced), do: :spared
+  defp callers_failure(_none_of_its_own), do: :spared
 
   # A caller that knows other peers need not wait for the next one.
   defp release_callers(%InFlight{to: nil} = in_flight) do

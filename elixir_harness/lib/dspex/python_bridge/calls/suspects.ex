@@ -1,21 +1,21 @@
 defmodule DSPex.PythonBridge.Calls.Suspects do
   @moduledoc false
   # Calls that were in flight at two deaths of a peer, or have one retry left: any of them may be what kills it. They
-  # are tried one at a time, and no other call waits for them.
+  # are tried in groups, first one alone, and no other call waits for them.
   #
-  # A trial ends when the suspect is answered, or has run for a second: then it goes on beside the next, so that a slow
-  # one holds nobody. After each trial that nobody died of twice as many are tried together, so that hundreds of
-  # innocent ones are through in some seconds; after a death one again, and one on its last retry always alone. Those
-  # with the most deaths come first, and of these the youngest, since a call that kills at once was sent just before the
-  # first death. A peer that has just
-  # taken over, and was given calls that were held, gets the first suspect a second later: one of these may kill, too.
+  # A trial ends when a suspect that is alone is answered, or after a second: then its group goes on beside the next, so
+  # that slow ones hold nobody. After each trial that nobody died of the next group is eight times as large, so that 256
+  # innocent ones are sent within 5 s. Those with the most deaths come first, and of these the youngest, since a call
+  # that kills at once was sent just before the first death. A peer that has just taken over, and was given calls that
+  # were held, gets the first suspect a second later: one of these may kill, too.
   #
-  # A peer that follows another is cold: it may still be importing DSPy. The second only begins when it has answered a
-  # run, or after `@cold_ms`. Till then a pool prefers other peers.
+  # A peer that follows another is cold: it may still be importing DSPy. The second only begins when it has done so, or
+  # after `@cold_ms`. Till then a pool prefers other peers.
   #
-  # If a peer dies during a trial, the suspects on trial are blamed, and the others are not: so a call that kills within
-  # a second takes no other with it. One that kills later than that is spared `@most_spared` times at most,
-  # and others that run as long may be blamed for it.
+  # If a peer dies during a trial, the suspects on trial are blamed, and the others are not. Of a group it is not known
+  # which one killed, so none of it fails: it is searched in groups that begin with a quarter of it and double. Only
+  # one that was alone fails for its last death. One that kills later than its trial is spared `@most_spared` times at
+  # most, and others that run as long may be blamed for it.
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Protocol
@@ -25,17 +25,25 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   @most_spared 8
   # As many as a peer runs at once.
   @largest_trial 256
+  @growth 8
 
-  defstruct waiting: :gb_sets.empty(), trial: [], size: 1, timer: nil, cold?: false
+  defstruct waiting: :gb_sets.empty(),
+            trial: [],
+            size: 1,
+            growth: @growth,
+            timer: nil,
+            cold?: false
 
   @typedoc """
   `waiting`: deaths and id of each, negated; `trial`: the ids on trial; `timer`: of the trial, or of the pause;
-  `cold?`: whether the peer follows another, and has not answered a run.
+  `size`: of the next group; `growth`: how many times as large the one after it is; `cold?`: whether the peer follows
+  another, and is not known to have imported DSPy.
   """
   @type t :: %__MODULE__{
           waiting: :gb_sets.set({integer(), integer()}),
           trial: [pos_integer()],
           size: pos_integer(),
+          growth: pos_integer(),
           timer: reference() | nil,
           cold?: boolean()
         }
@@ -62,31 +70,29 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   end
 
   @doc "The suspects that are sent now: none during a trial or a pause."
-  @spec next(t(), max_retries :: non_neg_integer()) :: {[pos_integer()], t()}
-  def next(%__MODULE__{timer: nil, size: size} = state, max_retries) do
-    case take(state.waiting, size, max_retries, []) do
-      {[], _none} -> {[], state}
+  @spec next(t()) :: {[pos_integer()], t()}
+  def next(%__MODULE__{timer: nil} = state) do
+    case take(state.waiting, state.size, []) do
+      {[], _none} -> {[], %{state | size: 1, growth: @growth}}
       {ids, waiting} -> {ids, %{state | trial: ids, waiting: waiting, timer: start_timer(state)}}
     end
   end
 
-  def next(%__MODULE__{} = state, _max_retries), do: {[], state}
+  def next(%__MODULE__{} = state), do: {[], state}
 
-  defp take(waiting, size, max_retries, ids) do
+  defp take(waiting, size, ids) do
     if size == 0 or :gb_sets.is_empty(waiting) do
       {ids, waiting}
     else
-      {{deaths, place}, waiting} = :gb_sets.take_smallest(waiting)
-      # One on its last retry is the first, and stays alone.
-      left = if -deaths >= max_retries, do: 0, else: size - 1
-      take(waiting, left, max_retries, [-place | ids])
+      {{_deaths, place}, waiting} = :gb_sets.take_smallest(waiting)
+      take(waiting, size - 1, [-place | ids])
     end
   end
 
   defp start_timer(%{cold?: cold?}),
     do: :erlang.start_timer(if(cold?, do: @cold_ms, else: @trial_ms), self(), :trial)
 
-  @doc "The peer has answered a run."
+  @doc "The peer has imported DSPy."
   @spec warm(t()) :: t()
   def warm(%__MODULE__{timer: nil} = state), do: %{state | cold?: false}
 
@@ -107,16 +113,21 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   # Of an earlier trial.
   def timeout(%__MODULE__{} = state, _timer), do: state
 
-  defp trial_over(%{timer: timer, size: size} = state) do
+  defp trial_over(%{timer: timer, size: size, growth: growth} = state) do
     cancel(timer)
-    %{state | trial: [], timer: nil, size: min(2 * size, @largest_trial)}
+    %{state | trial: [], timer: nil, size: min(growth * size, @largest_trial)}
   end
 
   @doc "Ends the trial: the peer has died, or another takes over."
-  @spec stop(t()) :: t()
-  def stop(%__MODULE__{timer: timer} = state) do
+  @spec stop(t(), :died | :spared | :replaced) :: t()
+  def stop(%__MODULE__{timer: timer, trial: trial} = state, how) do
     if timer, do: cancel(timer)
-    %{state | trial: [], size: 1, timer: nil, cold?: true}
+    state = %{state | trial: [], timer: nil, cold?: true}
+
+    case {how, trial} do
+      {:died, [_, _ | _]} -> %{state | size: max(div(length(trial), 4), 1), growth: 2}
+      _none_or_one -> %{state | size: 1}
+    end
   end
 
   @doc "A peer serves. `held?`: whether it is given calls that were held; then the first trial comes after a pause."
@@ -127,10 +138,17 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
       else: state
   end
 
-  @doc "Whether the death of a peer, which had the call, counts against it."
-  @spec blamed?(t(), pos_integer(), Request.t(), non_neg_integer()) :: boolean()
-  def blamed?(%__MODULE__{trial: []}, _id, _request, _max_retries), do: true
-
-  def blamed?(%__MODULE__{trial: trial}, id, request, max_retries),
-    do: id in trial or request.spared >= @most_spared or not suspect?(request, max_retries)
+  @doc """
+  Whether the death of a peer, which had the call, counts against it: alone, as one of a group, which it survives, or
+  not (`:spared`).
+  """
+  @spec blame(t(), pos_integer(), Request.t(), non_neg_integer()) :: :died | :in_group | :spared
+  def blame(%__MODULE__{trial: trial}, id, request, max_retries) do
+    cond do
+      trial in [[], [id]] or not suspect?(request, max_retries) -> :died
+      id in trial and request.deaths < max_retries + @most_spared -> :in_group
+      id in trial or request.spared >= @most_spared -> :died
+      true -> :spared
+    end
+  end
 end

@@ -147,7 +147,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   end
 
   def read({:error, {:too_large, size, limit}}) do
-    text = "the request has #{size} bytes; max_frame_bytes is #{limit}"
+    text =
+      "the request has #{size} bytes; max_frame_bytes is #{limit}, 64 of which are for its head"
+
     {:error, Error.new(:frame_too_large, text)}
   end
 
@@ -220,7 +222,8 @@ defmodule DSPex.PythonBridge.Client.Caller do
         here_or_not
     end
   catch
-    :error, {:erpc, _unreachable} -> {:error, Error.not_running(:bridge, server)}
+    # The node cannot be reached, has no such module, or is an older one.
+    _kind, _reason -> {:error, Error.not_running(:bridge, server)}
   end
 
   defp a_pool(server) do

@@ -38,9 +38,6 @@ defmodule DSPex.PythonBridge.Optimize do
   alias DSPex.PythonBridge.OTP.{Ask, Deadline}
   alias DSPex.PythonBridge.Telemetry.RunSpan
 
-  # The caller waits so long for the end of the temporary program: a peer that hangs may answer late.
-  @cleanup_ms 1_000
-
   @typedoc """
   What `:on_progress` gets:
 
@@ -74,7 +71,7 @@ defmodule DSPex.PythonBridge.Optimize do
   @doc """
   Optimizes a program: `{:ok, %DSPex.PythonBridge.Optimize.Result{}}`, or `{:error, %DSPex.PythonBridge.Error{}}`.
 
-  `server` is a bridge, or a pool of this node, of which one peer is used; it serves other calls meanwhile. `definition` is
+  `server` is a bridge, or a pool of this node. One peer makes the run, and serves other calls meanwhile. `definition` is
   what `create_program` takes, a map with an `id`, or a module with `use DSPex.PythonBridge.Program`; its own `state` is where
   the optimizer starts. The program need not exist: until the end there is one under an id of its own, such as
   `"triage:optimize:1f3a…"`.
@@ -156,42 +153,52 @@ defmodule DSPex.PythonBridge.Optimize do
     deadline = Deadline.new(request.timeout)
     suffix = Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)
     temporary = "#{id}:optimize:#{suffix}"
-    remover = remover(client, server, temporary)
-    create = given |> Map.drop([:id, "id"]) |> Map.put(:id, temporary)
+    keeper = keeper(client, server, given |> Map.drop([:id, "id"]) |> Map.put(:id, temporary))
 
     try do
-      case client.request(server, :create_program, create, timeout: request.timeout) do
-        {:ok, _created, _meta} ->
+      case Ask.ask(keeper, request.timeout, &{:created, &1}) do
+        {:ok, {:ok, _created, _meta}} ->
           args = Map.put(request.args, :program_id, temporary)
           left = Deadline.left(deadline)
           call = streamed(client).(server, :execute_program, args, left, request.opts)
           # Its events have the id of the definition.
           stream(put_elem(call, 3, %{program_id: id}), progress)
 
-        error ->
+        {:ok, error} ->
           {error, progress}
+
+        {:timeout, _ref} ->
+          {{:error, Error.new(:timeout)}, progress}
       end
     after
-      Ask.ask(remover, @cleanup_ms, &{:remove, &1})
+      send(keeper, :remove)
     end
   end
 
-  # Removes the program when it is asked to, or when the caller dies.
-  defp remover(client, server, id) do
+  # A process that creates the program, and removes it when it is asked to, or when the caller has died: not before the
+  # program is there, else it would stay. The caller does not wait for it.
+  defp keeper(client, server, %{id: id} = definition) do
     caller = self()
 
     spawn(fn ->
       watch = Process.monitor(caller)
-
-      ref =
-        receive do
-          {:remove, ref} -> ref
-          {:DOWN, ^watch, :process, _caller, _reason} -> nil
-        end
-
+      keep(client.request(server, :create_program, definition, timeout: :infinity), watch)
       client.request(server, :cleanup, %{program_ids: [id]}, timeout: :infinity)
-      if ref, do: send(ref, {ref, :removed})
     end)
+  end
+
+  defp keep(created, watch) do
+    receive do
+      {:created, ref} ->
+        send(ref, {ref, created})
+        keep(created, watch)
+
+      :remove ->
+        :ok
+
+      {:DOWN, ^watch, :process, _caller, _reason} ->
+        :ok
+    end
   end
 
   defp streamed(Pool), do: &Pool.Caller.streamed/5

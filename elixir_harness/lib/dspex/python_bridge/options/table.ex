@@ -58,7 +58,7 @@ defmodule DSPex.PythonBridge.Options.Table do
     config = if key, do: Application.get_env(:dspex, key, []), else: []
 
     with true <- Keyword.keyword?(config) || {:error, "config: expected a keyword list"},
-         {:ok, opts} <- check(if(is_list(opts), do: opts ++ config, else: opts), table) do
+         {:ok, opts} <- check(if(Keyword.keyword?(opts), do: opts ++ config, else: opts), table) do
       {:ok, opts}
     else
       {:error, text} -> {:error, ArgumentError.exception("#{whose}: #{text}")}

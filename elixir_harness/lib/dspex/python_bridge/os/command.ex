@@ -9,11 +9,12 @@ defmodule DSPex.PythonBridge.OS.Command do
   @max_output_bytes 65_536
 
   # The shell waits for the program; its child waits for the port to close, which happens also when the BEAM ends. The
-  # program itself would not notice.
+  # program itself would not notice. The child kills the shell first: else that would see the end of the program, and kill
+  # the child before it has killed the rest.
   @guard """
   exec 3<&0
   "$0" "$@" </dev/null 2>&1 3<&- & work=$!
-  (read -r _ <&3; kill -9 -$work; kill -9 $work -$$) >/dev/null 2>&1 & watch=$!
+  (read -r _ <&3; kill -9 $$; kill -9 -$work; kill -9 $work -$$) >/dev/null 2>&1 & watch=$!
   wait $work; status=$?
   kill -9 $watch
   exit $status

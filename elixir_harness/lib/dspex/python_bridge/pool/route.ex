@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
   # that changes. `follow/2` says what a reply means: the result, or that the call is resent, by `next/1` again.
   #
   # A request that took a peer down may take the next one down, too: after `max_retries` more deaths it fails. From the
-  # second death on it stays with the bridge whose peer died of it last, which resends it to its next peer, and finds out
+  # second death on, or with one retry left, it stays with the bridge whose peer died of it last, which resends it to its next peer, and finds out
   # which of such requests kills (`DSPex.PythonBridge.Calls.Suspects`): so one request never has more than two peers down.
 
   alias DSPex.PythonBridge.{Calls, Client, Error, Programs, Telemetry}
@@ -38,8 +38,8 @@ defmodule DSPex.PythonBridge.Pool.Route do
   coordinator of another node, and the readiness of the slot. `passed`: places that could not serve it, since they
   became ready; `passed_nodes`: rows of the table of other nodes that could not. `overloaded`: the error of a peer or
   bridge that was. `deaths`, `spared`: as in `t:DSPex.PythonBridge.Calls.Request.t/0`. `resend?`: whether it may be
-  resent after a peer has died with it. `reach`: `:here` is this node alone; with `:any`, peers of this node come first
-  no more than those of others.
+  resent after a peer has died with it. `reach`: with `:any`, peers of this node come first no more than those of
+  others.
   """
   @type t :: %__MODULE__{
           handle: Handle.t(),
@@ -56,7 +56,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
           passed_nodes: [tuple()],
           stream?: boolean(),
           resend?: boolean(),
-          reach: :all | :any | :here
+          reach: :all | :any
         }
   @type place :: {:here | pid(), LoadCounters.index(), since :: non_neg_integer()}
 
@@ -109,9 +109,10 @@ defmodule DSPex.PythonBridge.Pool.Route do
     end
   end
 
-  # An optimization needs its program at each peer first.
-  defp stays?(%__MODULE__{deaths: deaths, bridge: bridge, reach: reach}),
-    do: deaths > 1 and bridge != nil and reach != :here
+  defp stays?(%__MODULE__{deaths: 0}), do: false
+
+  defp stays?(%__MODULE__{deaths: deaths, bridge: bridge, handle: handle}),
+    do: deaths >= min(2, handle.settings.max_retries) and bridge != nil
 
   defp passed(%__MODULE__{passed: []}, :here), do: []
 
@@ -135,8 +136,6 @@ defmodule DSPex.PythonBridge.Pool.Route do
 
     {:send, request, route}
   end
-
-  defp elsewhere(%__MODULE__{reach: :here} = route), do: nobody(route)
 
   defp elsewhere(%__MODULE__{handle: handle} = route) do
     case others(handle) -- route.passed_nodes do
@@ -166,11 +165,8 @@ defmodule DSPex.PythonBridge.Pool.Route do
 
   defp nobody(%__MODULE__{overloaded: %Error{} = error}), do: {:error, error}
 
-  # Of a call for this node alone, other nodes do not end the wait.
-  defp nobody(%__MODULE__{handle: %Handle{name: name} = handle} = route) do
-    nodes = if route.reach == :here, do: others(handle), else: route.passed_nodes
-
-    case Coordinator.wait(name, route.deadline, passed_at(route, :here), nodes) do
+  defp nobody(%__MODULE__{handle: %Handle{name: name}} = route) do
+    case Coordinator.wait(name, route.deadline, passed_at(route, :here), route.passed_nodes) do
       {:not_started, reason} -> {:error, Error.not_started(reason)}
       :timeout -> {:error, Error.new(:timeout)}
       _changed_or_restarted -> again(name, %{route | passed: [], passed_nodes: []})

@@ -8,6 +8,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
     Dump,
     Field,
     Names,
+    Settings,
     StringSignature,
     Tools,
     Types,
@@ -75,6 +76,14 @@ defmodule DSPex.PythonBridge.Program.Spec do
         outputs: Enum.map(outputs, &Wire.field(&1, :outputs, "signature.outputs.#{&1.name}"))
       })
 
+    # What is declared has the declared type.
+    fields = Enum.uniq_by(outputs ++ added, & &1.key)
+    inputs = Enum.uniq_by(inputs ++ completions, & &1.key)
+    Settings.check(passed, kind.type, inputs ++ fields)
+
+    if tools == [] and "react" in [kind.type, kind.module],
+      do: refuse("tools", "react needs at least one; chain_of_thought is the type without tools")
+
     definition = Map.new([id: id, program_type: kind.type, signature: signature] ++ passed)
     definition = if tools == [], do: definition, else: Map.put(definition, :tools, tools)
 
@@ -82,9 +91,8 @@ defmodule DSPex.PythonBridge.Program.Spec do
       module: module,
       id: id,
       server: opts[:server],
-      # What is declared has the declared type.
-      inputs: Enum.uniq_by(inputs ++ completions, & &1.key),
-      fields: Enum.uniq_by(outputs ++ added, & &1.key),
+      inputs: inputs,
+      fields: fields,
       declared: declared[:outputs],
       definition: definition,
       functions: functions

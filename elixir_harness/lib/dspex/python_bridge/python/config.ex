@@ -23,7 +23,7 @@ defmodule DSPex.PythonBridge.Python.Config do
 
   # Names become arguments of the interpreter.
   defp packages?(packages) do
-    is_list(packages) and
+    is_list(packages) and not List.improper?(packages) and
       Enum.all?(packages, &(is_binary(&1) and &1 =~ ~r/\A[A-Za-z0-9][A-Za-z0-9._-]*\z/))
   end
 

@@ -112,13 +112,9 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   @spec configured_venv() :: String.t() | nil
   def configured_venv do
     # EnvironmentCheck reports wrong types.
-    with config when is_list(config) <- Application.get_env(:dspex, :python_environment, []),
-         {:virtual_env, venv} when is_binary(venv) and venv != "" <-
-           List.keyfind(config, :virtual_env, 0) do
-      venv
-    else
-      _unset -> nil
-    end
+    config = Application.get_env(:dspex, :python_environment, [])
+    venv = if Keyword.keyword?(config), do: config[:virtual_env]
+    if is_binary(venv) and venv != "", do: venv
   end
 
   defp by({:ok, path}, source), do: {:ok, path, source}

@@ -19,18 +19,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
     bridge
   end
 
-  # A peer with the modules of tests/fakes/host.py.
-  defp host_opts(dir, opts \\ []) do
-    env = %{
-      "PYTHONPATH" => Path.dirname(fake("host")),
-      "DSPY_BRIDGE_ALLOW_MODULES" => "host",
-      "FAKE_LOG" => Path.join(dir, "log"),
-      "FAKE_FILE" => Path.join(dir, "spoilt")
-    }
-
-    real_opts([env: env] ++ opts)
-  end
-
   defp create(bridge, id, type \\ "predict") do
     args = %{id: id, signature: "question -> answer", program_type: type}
     {:ok, %{"status" => "created"}} = Bridge.call(bridge, :create_program, args, 30_000)
@@ -39,13 +27,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
   defp execute(bridge, id, question \\ "?", timeout \\ 30_000) do
     args = %{program_id: id, inputs: %{question: question}}
     Bridge.call(bridge, :execute_program, args, timeout)
-  end
-
-  defp noted(dir, name) do
-    case File.read(Path.join(dir, "log")) do
-      {:ok, log} -> for line <- String.split(log, "\n"), String.starts_with?(line, name), do: line
-      {:error, :enoent} -> []
-    end
   end
 
   defp kill_peer(bridge), do: kill(Bridge.get_status(bridge).os_pid)
@@ -76,7 +57,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       results = Task.await_many(tasks, 60_000)
       assert {{:error, :python_process_died}, good} = List.pop_at(results, 10)
       assert good == for(n <- 1..21, n != 11, do: {:ok, %{"answer" => "#{n}"}})
-      assert length(noted(dir, "deadly")) == 4
+      assert noted(dir, "deadly") == 4
       eventually(fn -> match?(%{pending: 0, state: :running}, Bridge.get_status(bridge)) end)
     end
   end

@@ -27,7 +27,7 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
 
   test "a restart while the peer makes a change: the next one makes it" do
     bridge = start([])
-    create = async(bridge, :create_program, %{id: "p", wait: 2})
+    create = async(bridge, :create_program, %{id: "p", wait: 1})
     pending(bridge, 1)
     restart = Task.async(fn -> Bridge.restart(bridge) end)
     assert Task.await(restart, 10_000) == :ok
@@ -38,7 +38,7 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
   test "stop while an old peer finishes, which dies: all is answered" do
     bridge = start(env: %{"DSPY_BRIDGE_DRAIN_MS" => "20000"})
     %{os_pid: old} = Bridge.get_status(bridge)
-    again = slow(bridge, 2)
+    again = slow(bridge, 1)
     pending(bridge, 1)
     assert Bridge.restart(bridge) == :ok
     kept = slow(bridge, 1)

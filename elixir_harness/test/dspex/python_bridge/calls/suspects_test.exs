@@ -14,7 +14,7 @@ defmodule DSPex.PythonBridge.Calls.SuspectsTest do
 
   defp passed(state) do
     state = Suspects.timeout(state, state.timer)
-    {ids, state} = Suspects.next(state, 3)
+    {ids, state} = Suspects.next(state)
     {Enum.sort(ids), state}
   end
 
@@ -26,63 +26,92 @@ defmodule DSPex.PythonBridge.Calls.SuspectsTest do
     refute Suspects.suspect?(%{request(3) | body: ~s(,"command":"ping","args":{}})}, 3)
   end
 
-  test "they are tried one at a time, those with the most deaths first, then the youngest" do
+  test "first one is tried alone, those with the most deaths first, then the youngest" do
     state = waiting(%{1 => 2, 2 => 3, 3 => 2})
-    assert {[2], state} = Suspects.next(state, 3)
-    assert {[], state} = Suspects.next(state, 3)
+    assert {[2], state} = Suspects.next(state)
+    assert {[], state} = Suspects.next(state)
     state = Suspects.drop(state, 2, request(3))
-    assert {[1, 3], _state} = Suspects.next(state, 3)
+    assert {[1, 3], _state} = Suspects.next(state)
   end
 
-  test "one on its last retry is tried alone" do
-    assert {[3], state} = Suspects.next(waiting(%{1 => 3, 2 => 2, 3 => 3}), 3)
-    assert {[1], state} = passed(state)
-    assert {[2], _state} = passed(state)
-  end
-
-  test "one that has run for a second goes on beside the next; each time twice as many" do
-    assert {[100], state} = Suspects.next(waiting(Map.new(1..100, &{&1, 2})), 3)
+  test "256 that have run for a second each are sent in four trials" do
+    assert {[256], state} = Suspects.next(waiting(Map.new(1..256, &{&1, 1})))
     assert left(state) in 500..1_000
-    assert {[98, 99], state} = passed(state)
-    assert {[94, 95, 96, 97], state} = passed(state)
-    assert {eight, state} = passed(state)
-    assert length(eight) == 8
-    # After a death one again.
-    state = Suspects.start(Suspects.stop(state), false)
-    assert {[85], _state} = Suspects.next(state, 3)
+    assert {ids, state} = passed(state)
+    assert ids == Enum.to_list(248..255)
+    assert {sixty_four, state} = passed(state)
+    assert {rest, state} = passed(state)
+    assert {length(sixty_four), length(rest)} == {64, 183}
+    assert {[], _state} = passed(state)
+  end
+
+  test "a group that dies is searched in groups that begin with a quarter of it; none of it fails" do
+    for {max_retries, killer} <- [{1, 1}, {1, 77}, {3, 150}, {3, 256}] do
+      state = waiting(Map.new(1..256, &{&1, min(2, max_retries)}))
+      assert {deaths, trials} = search(state, killer, max_retries, 0, 0)
+      assert deaths <= 10 and trials <= 30
+    end
+  end
+
+  # Until the killer was alone: after a death of the peer those on trial wait again.
+  defp search(state, killer, max_retries, deaths, trials) do
+    {ids, state} = Suspects.next(state)
+
+    cond do
+      ids == [killer] ->
+        {deaths, trials}
+
+      killer in ids ->
+        requests = for id <- ids, do: {id, request(min(2, max_retries) + deaths)}
+
+        for {id, request} <- requests,
+            do: assert(:in_group == Suspects.blame(state, id, request, max_retries))
+
+        state = Suspects.stop(state, :died)
+
+        state =
+          Enum.reduce(requests, state, fn {id, r}, s ->
+            Suspects.add(s, id, %{r | deaths: r.deaths + 1})
+          end)
+
+        search(state, killer, max_retries, deaths + 1, trials + 1)
+
+      true ->
+        search(Suspects.timeout(state, state.timer), killer, max_retries, deaths, trials + 1)
+    end
   end
 
   test "the timer of an earlier trial changes nothing" do
-    {[2], state} = Suspects.next(waiting(%{1 => 2, 2 => 2}), 3)
+    {[2], state} = Suspects.next(waiting(%{1 => 2, 2 => 2}))
     assert Suspects.timeout(state, make_ref()) == state
   end
 
   test "a death counts against the one on trial, and not against other suspects" do
-    {[2], state} = Suspects.next(waiting(%{1 => 2, 2 => 2}), 3)
-    blamed? = &Suspects.blamed?(state, &1, &2, 3)
-    assert blamed?.(2, request(2))
-    refute blamed?.(1, request(2))
+    {[2], state} = Suspects.next(waiting(%{1 => 2, 2 => 2}))
+    blame = &Suspects.blame(state, &1, &2, 3)
+    assert blame.(2, request(2)) == :died
+    assert blame.(1, request(2)) == :spared
     # Calls that are not suspects may have caused it, too.
-    assert blamed?.(7, request(0))
+    assert blame.(7, request(0)) == :died
     # One that kills later than in its trial is not spared for ever.
-    assert blamed?.(1, request(2, 8))
-    refute blamed?.(1, request(2, 7))
+    assert blame.(1, request(2, 8)) == :died
+    assert blame.(1, request(2, 7)) == :spared
   end
 
   test "without a trial all are blamed" do
-    {[2], state} = Suspects.next(waiting(%{2 => 2}), 3)
+    {[2], state} = Suspects.next(waiting(%{2 => 2}))
     {[], state} = passed(state)
-    assert Suspects.blamed?(state, 2, request(2), 3)
+    assert Suspects.blame(state, 2, request(2), 3) == :died
   end
 
-  test "a peer that follows another has ten seconds to answer its first run" do
+  test "a peer that follows another has ten seconds to import DSPy" do
     state = %{waiting(%{1 => 2, 2 => 2}) | cold?: true}
-    assert {[2], trial} = Suspects.next(Suspects.start(state, false), 3)
+    assert {[2], trial} = Suspects.next(Suspects.start(state, false))
     assert left(trial) in 9_000..10_000
     assert left(Suspects.warm(trial)) in 500..1_000
-    # With other calls that were held, the suspects come a second after their first answer.
+    # With other calls that were held, the suspects come a second after that.
     paused = Suspects.start(state, true)
-    assert {[], paused} = Suspects.next(paused, 3)
+    assert {[], paused} = Suspects.next(paused)
     assert left(paused) in 9_000..10_000
     assert {[2], _state} = passed(Suspects.warm(paused))
   end

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
     async: true,
     parameterize: [%{api: DSPex.PythonBridge.Bridge}, %{api: DSPex.PythonBridge.Pool}]
 
-  alias DSPex.PythonBridge.{Error, Pool}
+  alias DSPex.PythonBridge.{Error, Pool, Protocol}
   alias DSPex.Test.FakePeer
 
   @arguments [attempts: 10, max_concurrency: 1, item_timeout_ms: 250]
@@ -47,6 +47,15 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
              api().request(bridge, :execute_program, args, [])
 
     assert map_size(sent) == 2
+  end
+
+  test "the deadline that the peer gets counts from before the encoding", %{echo: bridge} do
+    args = %{a: Enum.to_list(1..300_000)}
+    encode = fn -> {:ok, _body} = Protocol.encode_body(:echo, args) end
+    # Each encoding takes another time on a busy machine.
+    us = Enum.min(for _ <- 1..3, do: elem(:timer.tc(encode), 0))
+    assert {:ok, %{"timeout_ms" => told}, _} = api().request(bridge, :echo, args, timeout: 60_000)
+    assert told < 60_000 - us / 4_000
   end
 
   test "history is beside meta, if it is true", %{plays: bridge} do

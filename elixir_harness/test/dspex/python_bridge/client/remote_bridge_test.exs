@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.PythonBridge.{Bridge, Error, Optimize}
   alias DSPex.Test.Nodes
 
   # More than the connection to a node takes before it makes those wait who send.
@@ -37,6 +37,19 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     assert_received {:on, node} when node == node()
     assert Bridge.call({:nobody, elem(far, 1)}, :ping) == {:error, :bridge_not_running}
     assert Process.info(self(), :messages) == {:messages, []}
+  end
+
+  test "of a node without this project, or of none, is not running, also for an optimization" do
+    args = [~c"-setcookie", Atom.to_charlist(Node.get_cookie())]
+    name = %{name: :peer.random_name(~c"bare"), host: ~c"127.0.0.1", longnames: true}
+    {:ok, _peer, bare} = :peer.start_link(Map.put(name, :args, args))
+    opts = [trainset: [%{q: 1}], metric: {:field, :a, :equals}, optimizer: :copro]
+
+    for node <- [bare, :"nobody@nowhere.invalid"] do
+      result = Optimize.run({:far, node}, %{id: "p", signature: "q -> a"}, opts)
+      assert {:error, %Error{type: :bridge_not_running}} = result
+      assert Bridge.call({:far, node}, :ping) == {:error, :bridge_not_running}
+    end
   end
 
   test "whose node has stopped keeps no caller past its timeout", %{far: far, node: node} do

@@ -31,6 +31,34 @@ defmodule DSPex.PythonBridge.OptimizeTest do
     pool
   end
 
+  # A peer that answers pings alone. The test gets each other command, and the function that answers it.
+  defp start_told do
+    test = self()
+
+    transport = fn ->
+      bridge = self()
+      spawn_link(fn -> told(bridge, test) end)
+    end
+
+    start_supervised!({Bridge, name: nil, transport: transport}, id: make_ref())
+  end
+
+  defp told(bridge, test) do
+    receive do
+      {^bridge, {:command, frame}} ->
+        peer = self()
+        request = frame |> IO.iodata_to_binary() |> JSON.decode!()
+        reply = ~s({"id":#{request["id"]},"success":true,"result":{}})
+        answer = fn -> send(bridge, {peer, {:data, reply}}) end
+        command = request["command"]
+        if command == "ping", do: answer.(), else: send(test, {command, request["args"], answer})
+        told(bridge, test)
+
+      {^bridge, :close} ->
+        :ok
+    end
+  end
+
   ## What the peer plays
 
   defp score(n, tool \\ "metric:score") do
@@ -190,6 +218,32 @@ defmodule DSPex.PythonBridge.OptimizeTest do
       assert_receive {:progress, _}, 5_000
       Process.exit(caller, :kill)
       eventually(fn -> "cancel" in (heard(bridge) -- ["cancel"]) end)
+    end
+
+    test "the caller's death while the program is created: it is removed once it is there" do
+      bridge = start_told()
+      caller = spawn(fn -> optimize(bridge, reply()) end)
+      assert_receive {"create_program", %{"id" => id}, created}, 5_000
+      Process.exit(caller, :kill)
+      refute_receive {"cleanup", _args, _answer}, 50
+      created.()
+      assert_receive {"cleanup", %{"program_ids" => [^id]}, _answer}, 5_000
+    end
+
+    test "the caller does not wait for the end of the program" do
+      run = fn _nth ->
+        bridge = start_told()
+        task = Task.async(fn -> timed(fn -> optimize(bridge, reply(), timeout: 100) end) end)
+        assert_receive {"create_program", _args, created}, 5_000
+        created.()
+        {ms, result} = Task.await(task)
+        assert {:error, %Error{type: :timeout}} = result
+        assert_receive {"cleanup", _args, _never}, 5_000
+        ms
+      end
+
+      # A loaded machine may be late, but hardly each time.
+      assert Enum.any?(1..5, &(run.(&1) < 1_000))
     end
 
     test "a peer that sends no valid result is an error" do

@@ -35,6 +35,9 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
     Optimize.run(server, program, Keyword.merge(given, opts))
   end
 
+  defp no_programs?(bridge),
+    do: Bridge.call(bridge, :list_programs) == {:ok, %{"programs" => []}}
+
   # A metric that counts its calls by their contents, and calls a function with the number of each.
   defp counting(table, fun) do
     fn example, prediction, purpose ->
@@ -60,7 +63,7 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
     assert to_string(result) =~
              "instructions: Answer with the capitals of the question. (0 demos)"
 
-    assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
+    eventually(fn -> no_programs?(bridge) end)
     {:ok, _} = Bridge.call(bridge, :create_program, JSON.decode!(JSON.encode!(result.definition)))
     examples = OptimizingLM.examples(10)
     assert {:ok, %{score: 1.0}} = Evaluate.run(bridge, "qa", examples, metric: @metric)
@@ -80,7 +83,7 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
 
     assert {:error, %Error{type: :invalid_args}} = optimize(bridge, optimizer: :better)
     assert {:error, %Error{type: :tool_error}} = optimize(bridge, metric: fn _, _ -> "good" end)
-    assert {:ok, %{"programs" => []}} = Bridge.call(bridge, :list_programs)
+    eventually(fn -> no_programs?(bridge) end)
   end
 
   test "a peer killed in the middle: the same state, no call of the metric and no LM request again" do
@@ -109,6 +112,6 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
     Process.exit(caller, :kill)
     assert_receive :lm_closed, 5_000
     eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
-    eventually(fn -> Bridge.call(bridge, :list_programs) == {:ok, %{"programs" => []}} end)
+    eventually(fn -> no_programs?(bridge) end)
   end
 end

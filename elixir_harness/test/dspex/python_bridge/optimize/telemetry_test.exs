@@ -35,15 +35,9 @@ defmodule DSPex.PythonBridge.Optimize.TelemetryTest do
 
   # But for those of the temporary program.
   defp events do
-    receive do
-      {_event, _measured, %{command: command}} when command != "execute_program" ->
-        events()
-
-      {event, measured, metadata} when event in @events ->
-        [{event, measured, metadata} | events()]
-    after
-      0 -> []
-    end
+    Enum.reject(Host.events(), fn {_event, _measured, metadata} ->
+      Map.get(metadata, :command, "execute_program") != "execute_program"
+    end)
   end
 
   test "are a span with progress, around that of its run, without contents" do

@@ -68,13 +68,9 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
         assert {:error, text} = Pool.call(@pool, :execute_program, run(id), 60_000)
         assert text == reason
         assert text =~ ~r/program #{id} could not be loaded: (args\.)?signature/
-        opts = [timeout: 60_000]
 
-        assert {:error, %Error{type: :invalid_args, message: ^reason} = error} =
-                 Pool.request(@pool, :execute_program, run(id), opts)
-
-        assert [error: %Error{} = streamed] = Enum.to_list(Pool.stream(@pool, run(id), opts))
-        assert streamed == %{error | meta: streamed.meta}
+        assert [error: %Error{type: :invalid_args, message: ^reason}] =
+                 Enum.to_list(Pool.stream(@pool, run(id), timeout: 60_000))
       end
 
       assert {:ok, %{"programs" => ["bad type", "qa"], "missing" => []}} =

@@ -62,22 +62,6 @@ defmodule DSPex.PythonBridge.Pool.ProgramsTest do
     assert known() == []
   end
 
-  test "a restarted peer has the programs", %{tmp_dir: dir} do
-    start_up(dir, pool_size: 2)
-    {:ok, _} = create("one")
-    {:ok, _} = create("two")
-    {:ok, _} = Pool.call(@pool, :cleanup, %{program_ids: ["one"]}, 5_000)
-    for %{os_pid: os_pid} <- peers(), do: kill(os_pid)
-    assert programs() == [%{"two" => "q -> a"}]
-
-    # So has a bridge whose own process is started again.
-    bridge = hd(peers()).bridge
-    pid = Process.whereis(bridge)
-    Process.exit(pid, :kill)
-    eventually(fn -> Process.whereis(bridge) not in [pid, nil] end)
-    assert programs() == [%{"two" => "q -> a"}]
-  end
-
   test "concurrent changes leave all peers alike", %{tmp_dir: dir} do
     start_up(dir)
 

@@ -13,16 +13,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
   @moduletag :slow
   @pool __MODULE__.Pool
 
-  # The modules of tests/fakes/host.py.
-  defp start(dir, opts) do
-    env = %{
-      "PYTHONPATH" => Path.dirname(fake("host")),
-      "DSPY_BRIDGE_ALLOW_MODULES" => "host",
-      "FAKE_LOG" => Path.join(dir, "log")
-    }
-
-    start_supervised!({Pool, real_opts([name: @pool, env: env] ++ opts)})
-  end
+  defp start(dir, opts), do: start_supervised!({Pool, host_opts(dir, [name: @pool] ++ opts)})
 
   defp create(id, type \\ "predict") do
     args = %{id: id, signature: "question -> answer", program_type: type}

@@ -137,7 +137,7 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
   defp messages, do: elem(Process.info(self(), :messages), 1)
 
   test "if no peer serves yet, the first that does is waited for" do
-    opts = [script_path: fake("starts_late"), env: %{"FAKE_START_MS" => "2500"}, pool_size: 1]
+    opts = [script_path: fake("starts_late"), env: %{"FAKE_START_MS" => "500"}, pool_size: 1]
     name = Module.concat(__MODULE__, Late)
     start_supervised!({Pool, [name: name, python_executable: python()] ++ opts})
     assert {:ok, %{"peers" => 1, "missing" => []}} = Pool.call(name, :get_stats, %{}, @long)

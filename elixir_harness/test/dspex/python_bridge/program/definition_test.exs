@@ -324,7 +324,20 @@ defmodule DSPex.ProgramDefinitionTest do
           {~s(signature: "q -> a", tools: [now: [fun: &Stock.find/1]]),
            "tools.now: unknown option :fun"},
           {~s(signature: "q -> a", tools: [now: [function: fn _ -> 1 end]]),
-           "tools.now.function: expected one of a module, such as &MyApp.Stock.find/1"}
+           "tools.now.function: expected one of a module, such as &MyApp.Stock.find/1"},
+          # What the peer would refuse when the program is created.
+          {~s(signature: "q -> a", program_type: :react), "tools: react needs at least one"},
+          {~s(signature: "q -> a", adapter: "jsn"),
+           ~s(adapter: unknown adapter "jsn"; expected one of chat, json, xml, or)},
+          {~s(signature: "q -> a", lm: [modell: "x"]),
+           ~s(lm.modell: unknown name, did you mean "model"?)},
+          {~s(signature: "q -> a", config: %{"temprature" => 1}),
+           ~s(config.temprature: unknown name, did you mean "temperature"?)},
+          {~s(signature: "q -> a", program_type: :refine, options: [treshold: 1]),
+           ~s(options.treshold: unknown name, did you mean "threshold"?)},
+          {~s(signature: "q -> a", demos: [[q: "x", b: "y"]]), "demos[0].b: unknown name"},
+          {~s(signature: [inputs: [q: :string], outputs: [m: {:list, {:enum, [:calm]}}]], demos: [%{m: [:sad]}]),
+           ~s(demos[0].m[0]: expected "calm")}
         ] do
       error = assert_raise CompileError, fn -> module(options) end
       assert Exception.message(error) =~ text

@@ -3,7 +3,7 @@ defmodule DSPex.ProgramNamesTest do
 
   use ExUnit.Case, async: true
 
-  alias DSPex.PythonBridge.Program.{Names, Refusal}
+  alias DSPex.PythonBridge.Program.{Names, Refusal, Settings}
   alias DSPex.Test.Helpers
 
   doctest Names
@@ -12,6 +12,7 @@ defmodule DSPex.ProgramNamesTest do
   import json, keyword, warnings
   warnings.simplefilter("ignore")
   import dspy
+  from dspy_bridge.lm import lm_options
   from dspy_bridge.programs import module_factory
   from dspy_bridge.signatures import builder
 
@@ -23,6 +24,8 @@ defmodule DSPex.ProgramNamesTest do
       "keywords": sorted(keyword.kwlist),
       "attributes": sorted(n for n in names if hasattr(dspy.Signature, n) and not n.startswith("_")),
       "not_as_input": sorted(builder._NOT_AS_INPUT - {"signature"}),
+      "settings": {"lm": sorted(lm_options._NAMES), "config": sorted(lm_options._CONFIG_NAMES),
+                   "options": {kind: sorted(options) for kind, options in module_factory.OPTIONS.items()}},
       "own": own, "own_inputs": sides["inputs"], "own_outputs": sides["outputs"],
   }))
   """
@@ -31,6 +34,14 @@ defmodule DSPex.ProgramNamesTest do
   test "what the peer refuses is refused when the module is compiled" do
     {json, 0} = System.cmd(Helpers.python(), ["-c", @rules])
     rules = JSON.decode!(List.last(String.split(json, "\n", trim: true)))
+    names = Settings.names()
+    sorted = fn names -> Enum.sort(names -- ["M", "N"]) end
+    options = Map.new(names["options"], fn {type, names} -> {type, sorted.(names)} end)
+
+    assert rules["settings"] ==
+             %{names | "lm" => sorted.(names["lm"]), "config" => sorted.(names["config"])}
+             |> Map.put("options", options)
+
     for name <- rules["keywords"] ++ rules["attributes"], do: assert(refused?(name, :outputs))
     for name <- rules["not_as_input"], do: assert(refused?(name, :inputs))
 

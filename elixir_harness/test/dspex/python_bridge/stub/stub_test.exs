@@ -77,16 +77,6 @@ defmodule DSPex.PythonBridge.StubTest do
       assert %{"success" => true, "result" => %{"n" => 3}} = two
       assert %{"success" => false, "error_type" => "program_not_found"} = three
     end
-
-    test "is not used by a run whose inputs have no JSON form, or are not the program's" do
-      own = start(programs: [[id: :qa, signature: "question -> answer"]])
-      Stub.expect(own, "qa", answer("1"))
-      run = &Bridge.request(own, :execute_program, run(&1))
-      assert {:error, %Error{type: :invalid_args}} = run.(%{question: {1}})
-      assert {:error, %Error{type: :invalid_args, message: text}} = run.(%{})
-      assert text == "inputs.question: missing; expected question"
-      assert {:ok, _, _} = run.(%{question: "Why?"})
-    end
   end
 
   describe "answers belong to a test:" do
@@ -268,21 +258,6 @@ defmodule DSPex.PythonBridge.StubTest do
         assert error =~ "Give it one with Stub.expect/3, Stub.stub/3 or the option :answers"
       end
     end
-
-    test "may itself make calls, which are the test's" do
-      test = self()
-      Stub.expect(@stub, "inner", answer("inner"))
-
-      Stub.expect(@stub, "qa", fn _ ->
-        # By which mocks find their owner.
-        true = test in Process.get(:"$callers")
-        {:ok, %{"answer" => inner}} = Pool.call(@stub, :execute_program, run(%{}, "inner"))
-        {:ok, %{"answer" => "outer of " <> inner}}
-      end)
-
-      assert {:ok, %{"answer" => "outer of inner"}, _} = call()
-      assert :ok = Stub.verify!(@stub)
-    end
   end
 
   describe "a stream" do
@@ -426,9 +401,6 @@ defmodule DSPex.PythonBridge.StubTest do
         assert_ended()
       end
     end
-  end
-
-  describe "tools" do
   end
 
   test "a stub that ends leaves its callers with an error, and nothing behind" do

@@ -5,6 +5,7 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
+  import DSPex.Test.Telemetry, only: [events: 0]
 
   alias DSPex.PythonBridge.{Bridge, Evaluate, Monitor, Pool, Telemetry}
   alias DSPex.PythonBridge.Telemetry.RunSpan
@@ -27,6 +28,19 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
   test "an application without Telemetry.Metrics is told what to add" do
     error = assert_raise RuntimeError, fn -> Telemetry.metrics() end
     assert error.message =~ "metrics/0 needs Telemetry.Metrics: add {:telemetry_metrics"
+  end
+
+  test "the durations of LMs and tools are of calls that were made, not of remembered answers" do
+    install()
+
+    for {event, measured, not_measured} <- [
+          {[:lm, :stop], %{cached: false}, %{cached: true}},
+          {[:tool, :stop], %{remembered?: false}, %{remembered?: true}}
+        ] do
+      name = [:dspex | event] ++ [:duration]
+      assert %{keep: keep} = Enum.find(Telemetry.metrics(), &(&1.name == name))
+      assert {keep.(measured), keep.(not_measured)} == {true, false}
+    end
   end
 
   @tag timeout: 120_000
@@ -119,14 +133,6 @@ defmodule DSPex.PythonBridge.Telemetry.MetricsTest do
       assert metric.tags -- Map.keys(tags) == []
       for tag <- metric.tags, do: assert(is_binary(to_string(tags[tag])))
       {Map.take(tags, metric.tags), value}
-    end
-  end
-
-  defp events do
-    receive do
-      {event, measured, metadata} when is_list(event) -> [{event, measured, metadata} | events()]
-    after
-      0 -> []
     end
   end
 end

@@ -5,6 +5,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
+  import DSPex.Test.Telemetry, only: [events: 0]
 
   alias DSPex.PythonBridge.{Bridge, Error, Evaluate}
   alias DSPex.PythonBridge.Telemetry.RunSpan
@@ -40,15 +41,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
     {module, function} = @by_number
     opts = Keyword.merge([metric: Function.capture(module, function, 2)], opts)
     Evaluate.run(server, "qa", examples, opts)
-  end
-
-  defp events do
-    receive do
-      {event, measured, metadata} when event in @events ->
-        [{event, measured, metadata} | events()]
-    after
-      0 -> []
-    end
   end
 
   describe "the events of an evaluation" do

@@ -5,6 +5,7 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
   use ExUnit.Case, async: false
 
   import DSPex.Test.Helpers
+  import DSPex.Test.Telemetry, only: [events: 0]
 
   alias DSPex.PythonBridge.{Bridge, Telemetry}
   alias DSPex.Test.FakePeer
@@ -35,14 +36,6 @@ defmodule DSPex.PythonBridge.Telemetry.RunsTest do
 
   defp create(id, more \\ %{}),
     do: Map.merge(%{id: id, signature: "question -> answer"}, more)
-
-  defp events do
-    receive do
-      {event, measured, metadata} when is_list(event) -> [{event, measured, metadata} | events()]
-    after
-      0 -> []
-    end
-  end
 
   defp of(event), do: for({^event, measured, metadata} <- events(), do: {measured, metadata})
 
