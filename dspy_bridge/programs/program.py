@@ -57,7 +57,7 @@ class Program:
         config, self._allow_truncated = endings.take_allowed(definition.get("config"))
         self._config, self._of_lm = lm_options.read_config(config)
         if not routes.has_litellm():
-            self._lm_for({}, None)
+            self._lms.refuse_litellm(self._chosen_lm({}, None)[1], self._config)
         redaction.learn(self._of_lm)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
@@ -180,7 +180,8 @@ class Program:
     def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], dspy.BaseLM | None]:
         """The call's settings for DSPy, and its LM: None for the default one. Raises `LMNotConfigured`, too."""
         settings, chosen = self._chosen_lm(config, lm)
-        self._lms.refuse_litellm(chosen, {**self._config, **settings})
+        if config or lm is not None:
+            self._lms.refuse_litellm(chosen, {**self._config, **settings})
         return settings, chosen
 
     def _chosen_lm(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], dspy.BaseLM | None]:

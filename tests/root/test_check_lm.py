@@ -66,6 +66,7 @@ def test_a_misspelt_option_has_the_nearest_one(tmp_path: Path) -> None:
     assert found["refused"].startswith("lm_options.api_bas: unknown option; did you mean api_base?")
 
 
+@pytest.mark.litellm
 def test_the_bridges_own_options_are_no_concern_of_dspys(tmp_path: Path) -> None:
     options = {"connect_timeout": 1, "supports": "none", "cache": {"scope": "a"}, "extra": {"vendor_mode": 1}}
     assert facts("openai/gpt-4o-mini", tmp_path, {**options, "api_key": KEY})["lacks"] == []
