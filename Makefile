@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each installs what it lacks.
 # Plain recipes: macOS has GNU make 3.81, without .ONESHELL.
 .DEFAULT_GOAL := help
-.PHONY: help setup elixir demo test test-slow test-dspy test-optimizers test-install check dialyzer docs fuzz soak sim bench costs growth lock package format clean
+.PHONY: help setup elixir demo test test-slow test-dspy test-small test-optimizers test-install check dialyzer docs fuzz soak sim bench costs growth lock package format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,9 +9,9 @@ PY := $(VENV)/bin/python
 HARNESS := elixir_harness
 # The versions that are tested, and that `mix dspex.setup` installs, with their hashes.
 PINS := $(HARNESS)/priv/python/requirements.txt
-# Those that `--with optimizers` adds to them.
-OPTIMIZER_PINS := $(HARNESS)/priv/python/optimizers.txt
-ALL_PINS := $(PINS) $(OPTIMIZER_PINS)
+# Those that `--with litellm` and `--with optimizers` add to them.
+EXTRAS := litellm optimizers
+ALL_PINS := $(PINS) $(EXTRAS:%=$(HARNESS)/priv/python/%.txt)
 # The uv that installs them.
 UV_PIN := $(HARNESS)/priv/python/uv.txt
 # The tests and the demo of the harness run the peer with this interpreter.
@@ -66,6 +66,16 @@ test-dspy: $(VENV)/.installed ## the tests of LMs and programs with another DSPy
 	  --upgrade-package dspy -e '.[dev]' '$(if $(filter pre,$(VERSION)),dspy>=0a0,dspy==$(VERSION))'
 	$(VENV)/dspy-$(VERSION)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal -m "not slow" \
 	  $(addprefix tests/end_to_end/,lm programs optimizing streaming commands) $(addprefix tests/,lm programs optimizing signatures streaming commands runtime root)
+
+# One of each: the commands, streams, what `meta` has, tools, LMs.
+SMALL = tests/end_to_end/commands/test_commands.py tests/end_to_end/streaming tests/end_to_end/programs/test_tools.py \
+  tests/end_to_end/lm/metering/test_meta.py tests/end_to_end/lm/test_lm.py tests/end_to_end/lm/test_small_install.py
+
+test-small: setup ## tests of what users call, with what `mix dspex.setup` installs: without LiteLLM
+	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(VENV)/small
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/small/bin/python --no-deps --require-hashes -r $(PINS)
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/small/bin/python hypothesis packaging pytest pytest-timeout pytest-xdist
+	$(VENV)/small/bin/python -m pytest -q -n logical --dist worksteal -m "not slow" -k "not litellm" $(SMALL)
 
 test-optimizers: setup ## the tests of optimizations with every optimizer, in 3 minutes; `make test` takes two of them
 	EVERY_OPTIMIZER=1 $(PY) -m pytest -q -n logical --dist worksteal tests/end_to_end/optimizing tests/optimizing/test_costs.py
@@ -142,11 +152,15 @@ growth: setup ## measure what runs and tokens cost as there are more of them, an
 # For other files of the same versions, such as wheels that were added later: make lock UPGRADE=
 UPGRADE := --upgrade
 LOCK = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes $(UPGRADE) --no-header --no-annotate
+# To what $(PINS) has.
+ADDED = -c $(PINS) $$(sed -n 's/^\([^ =]*\)==.*/--no-emit-package \1/p' $(PINS) | sort -u)
 
 lock: setup ## pin the newest versions that fit pyproject.toml, with their hashes; UPGRADE= for the hashes alone
-	$(LOCK) pyproject.toml -o $(PINS)
-	$(LOCK) pyproject.toml --extra optimizers -c $(PINS) \
-	  $$(sed -n 's/^\([^ =]*\)==.*/--no-emit-package \1/p' $(PINS) | sort -u) -o $(OPTIMIZER_PINS)
+	@# DSPy 3.4 requires both, but only the extra `litellm` has them.
+	printf '%s\n' litellm openai > $(VENV)/left-out.txt
+	$(LOCK) pyproject.toml --excludes $(VENV)/left-out.txt -o $(PINS)
+	$(LOCK) pyproject.toml --extra litellm $(ADDED) -o $(word 2,$(ALL_PINS))
+	$(LOCK) pyproject.toml --extra optimizers --excludes $(VENV)/left-out.txt $(ADDED) -c $(word 2,$(ALL_PINS)) -o $(word 3,$(ALL_PINS))
 	echo uv | $(LOCK) - -o $(UV_PIN)
 
 package: setup ## build the wheel, the sdist and, with Hex, the Hex package into dist/

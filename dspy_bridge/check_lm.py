@@ -30,15 +30,17 @@ def main() -> None:
 def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
     """The facts.
 
-    `refused`: why the LM or its options are not taken, alone. `asked`: with `asking`, the answer of `probe.ask`, alone.
+    Alone: `refused`, why the LM or its options are not taken; `lacking`, that they need LiteLLM, which is not
+    installed; `asked`, with `asking`, the answer of `probe.ask`.
     `unreachable`: why its `api_base` cannot be connected to, or None. `engine`: `dspy` or `litellm`. `known`: whether
     it knows the provider. `key`: whether a key is needed. `lacks`: the variables that are missing; `needs` and `set`:
     those that an empty environment lacks, and those of them that are set; `why`: DSPy's reason for `lacks`.
     """
     import dspy
 
-    from dspy_bridge.errors import InvalidArgs
+    from dspy_bridge.errors import InvalidArgs, LMNotConfigured
     from dspy_bridge.lm import lm_options
+    from dspy_bridge.lm.transport import routes
 
     variables = set(os.environ)
     try:
@@ -48,7 +50,11 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
             from dspy_bridge.lm import probe
 
             return {"asked": probe.ask(model, options, split.supports)}
-        chosen = _engine(dspy.LM(model, **options))
+        lm = dspy.LM(model, **options)
+        routes.refuse_litellm(lm, {}, "lm_options")
+        chosen = _engine(lm)
+    except LMNotConfigured as error:
+        return {"lacking": str(error)}
     except InvalidArgs as error:
         return {"refused": str(error)}
     except (TypeError, ValueError, dspy.LMError) as error:

@@ -123,6 +123,7 @@ defmodule DSPex.MixProject do
         ".formatter.exs",
         "priv/python/dspy_bridge.py",
         "priv/python/requirements.txt",
+        "priv/python/litellm.txt",
         "priv/python/optimizers.txt",
         "priv/python/uv.txt",
         # Made by the compiler above. By patterns: Python leaves its bytecode there.

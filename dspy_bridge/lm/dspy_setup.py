@@ -43,6 +43,8 @@ class LMs:
         """Configure DSPy and call your application's `init`. Raises `SetupFailed`."""
         self._kept_lm = functools.lru_cache(MAX_LMS)(self._new_lm)
         self._default: dspy.BaseLM | None = None
+        # Why there is none.
+        self._lacking: str | None = None
         # Those of the default LM, complete.
         self._options: dict[str, Any] | None = None
         peer_log.adopt("dspy")
@@ -78,6 +80,8 @@ class LMs:
                 self._options = lm_options.complete(options, "lm_options", of_settings=True)
                 self._default = self._lm(self._options)
                 dspy.configure(lm=self._default)
+            except LMNotConfigured as error:
+                self._lacking = str(error)
             except InvalidArgs as error:
                 raise SetupFailed(f"DSPY_BRIDGE_LM, DSPY_BRIDGE_LM_OPTIONS: {error}") from None
 
@@ -104,6 +108,15 @@ class LMs:
         else:
             options = self._options
         return self._lm(lm_options.changed(options, changes))
+
+    def refuse_litellm(self, lm: dspy.BaseLM | None, settings: dict[str, Any]) -> None:
+        """Raises `LMNotConfigured` if runs with the LM, or the default one, and these settings need LiteLLM, which is
+        not installed."""
+        lm = lm or dspy.settings.lm
+        if lm is None and self._lacking is not None:
+            raise LMNotConfigured(self._lacking)
+        if isinstance(lm, event_loop_lm.LoopLM) and not isinstance(lm, offline_lm.OfflineLM):
+            routes.refuse_litellm(lm, settings, "config")
 
     def _lm(self, options: dict[str, Any]) -> dspy.BaseLM:
         if options["model"] == script_lm.NAME:
@@ -139,7 +152,7 @@ class LMs:
         main_loop.begin()
         lm = lm or dspy.settings.lm
         if lm is None:
-            raise LMNotConfigured("no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
+            raise LMNotConfigured(self._lacking or "no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
         redaction.remember(getattr(lm, "secrets", ()))
         chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
         run = run or lm_call.RunContext(None)

@@ -15,7 +15,7 @@ from dspy_bridge.lm import dspy_internals, lm_options, main_loop, rate_limits, s
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.lm_call import Target
 from dspy_bridge.lm.offline import echo_lm, offline_lm, script_lm
-from dspy_bridge.lm.transport import litellm_route
+from dspy_bridge.lm.transport import litellm_route, routes
 from dspy_bridge.logs import redaction
 from dspy_bridge.runtime import large_inputs
 
@@ -26,7 +26,7 @@ class _Connections:
 
 
 def make(options: dict[str, Any]) -> dspy.BaseLM:
-    """`options`: complete, as of `lm_options`. Raises `InvalidArgs`."""
+    """`options`: complete, as of `lm_options`. Raises `InvalidArgs` or `LMNotConfigured`."""
     model, of_dspy, scope, connect_timeout, limits, supports, key_of = lm_options.split(options, "lm")
     if "answers" in of_dspy and model != script_lm.NAME:
         raise InvalidArgs(f"lm.answers: only for {script_lm.NAME}")
@@ -37,6 +37,7 @@ def make(options: dict[str, Any]) -> dspy.BaseLM:
             lm = offline_lm.OfflineLM(model, script_lm.Script(of_dspy.pop("answers", None)).answer, **of_dspy)
         else:
             lm = LoopLM(model, **of_dspy)
+            routes.refuse_litellm(lm, {}, "lm")
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
     lm.supports = supports

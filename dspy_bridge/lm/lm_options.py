@@ -130,7 +130,9 @@ def split(options: dict[str, Any], where: str) -> LMOptions:
     of_dspy.update(_extra(of_dspy.pop("extra", None), where))
     limits = _limits({name: of_dspy.pop(name, None) for name in Limits._fields}, where)
     key_of = of_dspy.pop(_KEY_OF, None)
-    return LMOptions(of_dspy.pop("model"), of_dspy, scope, float(timeout), limits, supports, key_of)
+    model = of_dspy.pop("model")
+    of_dspy.update(servers.of_environment(model, of_dspy))
+    return LMOptions(model, of_dspy, scope, float(timeout), limits, supports, key_of)
 
 
 def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import dspy
+
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm.transport import routes
 from dspy_bridge.logs import redaction
@@ -54,6 +56,31 @@ def refuse_ignored_address(options: dict[str, Any], where: str) -> None:
         raise InvalidArgs(f"{where}.api_base: {text}")
 
 
+# Where the environment's address is the server's and not that of its API, as `api_base` is.
+_OF_API = dict.fromkeys(("ANTHROPIC", "OLLAMA", "OLLAMA_CHAT"), "/v1")
+
+
+def of_environment(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `dspy.LM` for an address in the environment, at which DSPy's own engine can ask. DSPy would take
+    LiteLLM for it, even with an `api_base`."""
+    prefix, given = model.partition("/")[0].upper(), places(options)
+    address = _address(prefix)
+    if address is None or "engine" in options or not given.keys() <= {ADDRESSES[0]}:
+        return {}
+    suffix = _OF_API.get(prefix, "")
+    chosen = {"engine": "lm15", **({} if given else {"api_base": address.removesuffix(suffix) + suffix})}
+    try:
+        served = routes.needs_litellm(dspy.LM(model, **{**options, **chosen}), {}) is None
+    except (TypeError, ValueError, dspy.LMError):
+        return {}
+    return chosen if served else {}
+
+
+def _address(prefix: str) -> str | None:
+    address = os.environ.get(f"{prefix}_BASE_URL") or os.environ.get(f"{prefix}_API_BASE")
+    return address.rstrip("/") if address else None
+
+
 def account(options: dict[str, Any]) -> str:
     """The server and the key as the cache tells them apart: by other headers, too, such as that of a tenant."""
     return repr([limited_account(options), options.get("headers"), options.get("extra_headers")])
@@ -65,9 +92,8 @@ def limited_account(options: dict[str, Any]) -> str:
     # That of the model, for an LM of your application's that no provider has.
     name = options.get("custom_llm_provider") or provider(options) or options["model"]
     prefix, given = str(name).upper(), places(options)
-    address = os.environ.get(f"{prefix}_API_BASE") or os.environ.get(f"{prefix}_BASE_URL")
-    if address and ADDRESSES[0] not in given:
-        given[ADDRESSES[0]] = address.rstrip("/")
+    if (address := _address(prefix)) and ADDRESSES[0] not in given:
+        given[ADDRESSES[0]] = address
     keys = [options.get("api_key") or os.environ.get(f"{prefix}_API_KEY"), options.get("azure_ad_token")]
     for headers in (options.get("headers"), options.get("extra_headers")):
         if isinstance(headers, dict):

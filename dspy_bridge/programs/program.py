@@ -14,6 +14,7 @@ from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_call, lm_options
 from dspy_bridge.lm.adapters import corrections, field_markers
 from dspy_bridge.lm.metering import endings
+from dspy_bridge.lm.transport import routes
 from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, saved_state, scores
 from dspy_bridge.runtime import large_inputs
@@ -55,6 +56,8 @@ class Program:
             saved_state.read_demos(definition["demos"], module, signature, lms.settings.files_dir)
         config, self._allow_truncated = endings.take_allowed(definition.get("config"))
         self._config, self._of_lm = lm_options.read_config(config)
+        if not routes.has_litellm():
+            self._lms.refuse_litellm(self._chosen_lm({}, None)[1], self._config)
         redaction.learn(self._of_lm)
         for predictor in module.predictors():
             predictor.config = {**predictor.config, **self._config}
@@ -175,7 +178,13 @@ class Program:
         return corrections.Attempts(most, fits, lambda error: dspy_errors.translate(error, []), say)
 
     def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], dspy.BaseLM | None]:
-        """The call's settings for DSPy, and its LM: None for the default one."""
+        """The call's settings for DSPy, and its LM: None for the default one. Raises `LMNotConfigured`, too."""
+        settings, chosen = self._chosen_lm(config, lm)
+        if config or lm is not None:
+            self._lms.refuse_litellm(chosen, {**self._config, **settings})
+        return settings, chosen
+
+    def _chosen_lm(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], dspy.BaseLM | None]:
         redaction.learn([self._of_lm, config])
         settings, of_lm = lm_options.read_config(config)
         of_lm = {**self._of_lm, **of_lm}

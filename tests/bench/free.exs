@@ -24,6 +24,7 @@ defmodule Bench.Free do
       {"recovery", &recovery/0},
       {"peers", &peers/0},
       {"litellm", &litellm/0},
+      {"installed", &installed/0},
       {"sidecar-runs", &sidecar_runs/0}
     ]
   end
@@ -315,6 +316,21 @@ defmodule Bench.Free do
       {next, _} = ms(fn -> execute(bridge, "by-litellm", 2) end)
       %{first_ms: first, next_ms: next, ping_p99_ms: p99, rss: rss(bridge) - before}
     end)
+  end
+
+  # What `mix dspex.setup` installs, in bytes with bytecode.
+  defp installed do
+    [plain, litellm] = for extras <- [[], ["litellm"]], do: installed(extras)
+    %{size: plain.size, packages: plain.packages, ratio: plain.size / litellm.size}
+  end
+
+  defp installed(extras) do
+    venv = Path.join(System.tmp_dir!(), "bench_venv_#{System.pid()}")
+    {:ok, _python} = DSPex.PythonBridge.Venv.make(venv, with: extras)
+    {bytes, 0} = System.cmd("du", ["-sb", venv])
+    packages = length(Path.wildcard("#{venv}/lib/python*/site-packages/*.dist-info"))
+    File.rm_rf!(venv)
+    %{size: bytes |> Integer.parse() |> elem(0), packages: packages}
   end
 
   defp sidecar_runs do

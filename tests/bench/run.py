@@ -171,6 +171,10 @@ ROWS = [
             f" ping p99 {f.ping_p99_ms:.0f} ms"
         ),
     ),
+    Row(
+        *("free", "installed", "what `mix dspex.setup` installs, with bytecode", "with LiteLLM", "–"),
+        *("", lambda f: f"{f.ratio:.2f}x ({f.size / 1e6:.0f} MB, {f.packages:.0f} packages)"),
+    ),
 ]
 
 

@@ -104,21 +104,32 @@ def test_the_doctor_says_first_what_to_do(app: Path) -> None:
 
 
 def test_after_setup_the_doctor_is_content(ready: Path) -> None:
-    """What is missing for some optimizers is a note, with what installs it."""
+    """What is missing for some LMs and optimizers is a note, with what installs it."""
     done = run("mix", "dspex.doctor", cwd=ready)
     assert done.returncode == 0 and done.stdout.endswith("\nAll is well.\n"), done.stdout
-    assert re.search("^– optimizers .*mix dspex.setup --with optimizers", done.stdout, re.MULTILINE)
+    for extra in ("litellm", "optimizers"):
+        assert re.search(f"^– {extra} .*mix dspex.setup --with {extra}", done.stdout, re.MULTILINE)
+    assert lacking(ready / "_build" / "dspex_venv") == {"litellm", "openai"}
 
 
-def test_setup_with_uv_and_optimizers(app: Path) -> None:
-    """With the uv that is on the PATH, and what MIPROv2 and SIMBA need, in the pinned versions."""
+def lacking(venv: Path) -> set[str]:
+    """What installed packages require that is not there."""
+    done = run(Path(sys.executable).with_name("uv"), "pip", "check", "--python", venv / "bin" / "python", cwd=venv)
+    return set(re.findall(r"requires `([\w-]+).*, but it's not installed", done.stdout))
+
+
+def test_setup_with_uv_and_extras(app: Path) -> None:
+    """With the uv that is on the PATH, and LiteLLM and what MIPROv2 and SIMBA need, in the pinned versions."""
     tools = app.parent / "tools"
     tools.mkdir()
     (tools / "uv").symlink_to(Path(sys.executable).with_name("uv"))
     path = f"{tools}:{os.environ['PATH']}"
     setup = ("mix", "dspex.setup", "--path", "with_uv", "--python", sys.executable, "--with", "optimizers")
-    done = run(*setup, cwd=app, PATH=path)
+    done = run(*setup, "--with", "litellm", cwd=app, PATH=path)
     assert done.returncode == 0, done.stdout
+    litellm = re.search(r"✓ litellm +(\S+)\n", done.stdout)
+    assert litellm is not None and f"\nlitellm=={litellm[1]} " in (HARNESS / "priv/python/litellm.txt").read_text()
+    assert lacking(app / "with_uv") == set()
     found = re.search(r"✓ optimizers +all of them, with numpy (\S+), optuna (\S+)\n", done.stdout)
     pins = (HARNESS / "priv/python/optimizers.txt").read_text()
     assert found is not None and f"\nnumpy=={found[1]} " in pins and f"\noptuna=={found[2]} " in pins, done.stdout

@@ -266,3 +266,29 @@ def test_an_option_of_the_server_of_a_wrong_type_takes_no_key(name: str, wrong: 
     assert "sk-peer" not in str(options)
     servers.account(options)
     servers.limited_account(options)
+
+
+@pytest.mark.parametrize(
+    ("variable", "options", "wanted"),
+    [
+        ("OPENAI_BASE_URL", {"model": "openai/m"}, "http://here/v1"),
+        ("OPENAI_API_BASE", {"model": "openai/m", "api_base": "http://there/v1"}, "http://there/v1"),
+        ("GROQ_API_BASE", {"model": "groq/m"}, "http://here/v1"),
+        # There it is the server's, as LiteLLM takes it, without the version of its API.
+        ("ANTHROPIC_BASE_URL", {"model": "anthropic/m"}, "http://here/v1"),
+        ("OLLAMA_API_BASE", {"model": "ollama/m"}, "http://here/v1"),
+        # LiteLLM reads it itself.
+        ("MISTRAL_API_BASE", {"model": "mistral/m"}, None),
+        ("OPENAI_BASE_URL", {"model": "openai/m", "headers": {"X-Team": "blue"}}, None),
+        ("OPENAI_BASE_URL", {"model": "openai/m", "engine": "litellm"}, None),
+    ],
+)
+def test_an_address_in_the_environment_is_the_api_base_of_dspys_own_engine(
+    monkeypatch: pytest.MonkeyPatch, variable: str, options: dict[str, Any], wanted: str | None
+) -> None:
+    address = "http://here" if variable.startswith(("ANTHROPIC", "OLLAMA")) else "http://here/v1/"
+    monkeypatch.setenv(variable, address)
+    given = lm_options.complete(options, "lm", of_settings=True)
+    of_dspy = lm_options.split(given, "lm").of_dspy
+    assert of_dspy.get("api_base") == wanted
+    assert (of_dspy.get("engine") == "lm15") == (wanted is not None)

@@ -28,8 +28,10 @@ def pinned(file: str) -> dict[Requirement, list[str]]:
 
 
 PINS = pinned("requirements.txt")
-OPTIMIZER_PINS = pinned("optimizers.txt")
-HERE = {pin.name: pin for pin in [*PINS, *OPTIMIZER_PINS] if pin.marker is None or pin.marker.evaluate()}
+# What `--with` adds to them.
+ADDED = {extra: pinned(f"{extra}.txt") for extra in ("litellm", "optimizers")}
+ALL = [pin for pins in (PINS, *ADDED.values()) for pin in pins]
+HERE = {pin.name: pin for pin in ALL if pin.marker is None or pin.marker.evaluate()}
 
 
 def build(source: Path, target: Path, *kinds: str) -> None:
@@ -77,30 +79,32 @@ def test_the_copy_that_the_hex_package_carries_can_be_built(tmp_path: Path) -> N
 def test_each_dependency_is_pinned_to_one_version_that_fits() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     wanted = {}
-    for key in ("dependencies", "optimizers"):
+    for key in ("dependencies", *ADDED):
         listed = re.search(rf"^{key} = \[(.*?)\]$", project, re.DOTALL | re.MULTILINE)
         assert listed is not None
         wanted[key] = [Requirement(text) for text in re.findall(r'"(.+?)"', listed[1])]
     assert {need.name for need in wanted["dependencies"]} == {"dspy", "jiter", "jsonschema-rs", "orjson", "psutil"}
     assert {need.name for need in wanted["optimizers"]} == {"numpy", "optuna"}
-    for need in [*wanted["dependencies"], *wanted["optimizers"]]:
+    assert {need.name for need in wanted["litellm"]} == {"litellm"}
+    for need in (need for needs in wanted.values() for need in needs):
         (pin,) = HERE[need.name].specifier
         assert pin.operator == "==" and need.specifier.contains(pin.version)
 
 
 def test_the_pins_hold_for_every_python_that_is_supported() -> None:
-    """Each in one version or, where a marker says so, in none; DSPy and what the LMs and optimizers need are in all."""
+    """Each in one version or, where a marker says so, in none; DSPy and what each extra is for are in all."""
     versions = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
     assert len(versions) > 3
     for version in versions:
         python = {"python_version": version, "python_full_version": f"{version}.1"}
-        plain, added = (
-            [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(python)]
-            for pins in (PINS, OPTIMIZER_PINS)
+        plain, litellm, optimizers = (
+            {pin.name: str(pin.specifier) for pin in pins if pin.marker is None or pin.marker.evaluate(python)}
+            for pins in (PINS, *ADDED.values())
         )
-        assert len(plain + added) == len({*plain, *added})
-        assert {"dspy", "jiter", "jsonschema-rs", "orjson", "psutil", "litellm", "openai"} <= set(plain), version
-        assert {"numpy", "optuna"} <= set(added), version
+        assert {"dspy", "jiter", "jsonschema-rs", "orjson", "psutil"} <= set(plain), version
+        assert {"litellm", "openai"} <= set(litellm) and {"numpy", "optuna"} <= set(optimizers), version
+        # Both extras have some packages, in the same version.
+        assert not plain.keys() & {*litellm, *optimizers} and {**litellm, **optimizers} == {**optimizers, **litellm}
 
 
 def test_these_tests_run_with_the_pinned_versions() -> None:
@@ -111,7 +115,7 @@ def test_these_tests_run_with_the_pinned_versions() -> None:
 
 def test_each_file_of_a_package_has_its_hash_and_no_line_names_an_index() -> None:
     """`mix dspex.setup` installs with `--require-hashes`, from the index that the user has."""
-    for file in ("requirements.txt", "optimizers.txt", "uv.txt"):
+    for file in ("requirements.txt", *(f"{extra}.txt" for extra in ADDED), "uv.txt"):
         pins = pinned(file)
         assert pins
         for pin, hashes in pins.items():

@@ -47,6 +47,13 @@ def test_an_lm_that_dspy_refuses_has_its_words(tmp_path: Path) -> None:
     assert list(found) == ["refused"] and found["refused"].startswith("LMConfigurationError: [openai/o3] ")
 
 
+def test_what_needs_litellm_where_that_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['litellm'] = None\n")
+    for model, options in (("mistral/x", {}), ("openai/x", {"organization": "o"})):
+        found = facts(model, tmp_path, options, PYTHONPATH=str(tmp_path))
+        assert list(found) == ["lacking"] and "`mix dspex.setup --with litellm`" in found["lacking"]
+
+
 @pytest.mark.slow  # it imports LiteLLM
 def test_an_lms_engine_needs_dspy_3_4(tmp_path: Path) -> None:
     found = facts("openai/gpt-4o-mini", tmp_path, {"engine": "litellm"})
@@ -59,6 +66,7 @@ def test_a_misspelt_option_has_the_nearest_one(tmp_path: Path) -> None:
     assert found["refused"].startswith("lm_options.api_bas: unknown option; did you mean api_base?")
 
 
+@pytest.mark.litellm
 def test_the_bridges_own_options_are_no_concern_of_dspys(tmp_path: Path) -> None:
     options = {"connect_timeout": 1, "supports": "none", "cache": {"scope": "a"}, "extra": {"vendor_mode": 1}}
     assert facts("openai/gpt-4o-mini", tmp_path, {**options, "api_key": KEY})["lacks"] == []

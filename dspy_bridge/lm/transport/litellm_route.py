@@ -18,6 +18,8 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from threading import Lock
 from typing import Any
 
+import dspy
+
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall
@@ -97,6 +99,8 @@ def start() -> Future[None]:
 
 
 def _import() -> None:
+    if not routes.has_litellm():
+        raise dspy.LMNotConfiguredError(f"DSPy's own engine does not take this call; {routes.LITELLM}")
     # DSPy imports it lazily: then the module is there, and its first attribute runs it.
     _ = importlib.import_module("litellm").completion
     for library in ("httpx", "httpx2"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any
 import dspy
 from dspy.lm15 import RouterConfig
 
+from dspy_bridge.errors import LMNotConfigured
 from dspy_bridge.lm import dspy_internals, lm_call
 
 # With which an engine only routes.
@@ -89,6 +91,40 @@ def provider(model: str, *, text: bool = False) -> str | None:
     # LiteLLM alone serves it: it takes what precedes the slash.
     head, slash, _ = model.partition("/")
     return _PARTS.get(head, head) if slash else None
+
+
+@functools.cache
+def has_litellm() -> bool:
+    """Whether the extra `litellm` is installed."""
+    return importlib.util.find_spec("litellm") is not None
+
+
+def refuse_litellm(lm: Any, settings: dict[str, Any], where: str) -> None:
+    """Raise `LMNotConfigured` if a `dspy.LM` needs LiteLLM for these settings of calls, and it is not installed."""
+    known = not has_litellm() and dspy_internals.SELECT_BACKEND.there
+    why = needs_litellm(lm, settings) if known else None
+    if why is not None:
+        raise LMNotConfigured(f"{where}: DSPy's own engine does not serve {lm.model}: {why}; {LITELLM}")
+
+
+# What serves the others.
+LITELLM = "LiteLLM is not installed: `mix dspex.setup --with litellm`, or pip install 'dspy-bridge[litellm]'"
+
+
+def needs_litellm(lm: Any, settings: dict[str, Any]) -> str | None:
+    """Why DSPy asks LiteLLM for such calls; None if its own engine serves them."""
+    try:
+        chosen = dspy_internals.SELECT_BACKEND.value(lm, settings)
+        if not chosen.native:
+            options = chosen.clients.keys() - {"api_key", "api_base", "base_url", "timeout"}
+            return ", ".join(sorted(options)) or "its provider, or an option"
+        of_calls = {**lm.kwargs, **settings, "model": lm.model, "messages": [{"role": "user", "content": "?"}]}
+        left_out = {*chosen.clients, "cache", "n", "rollout_id"}
+        body = {name: value for name, value in of_calls.items() if name not in left_out and value is not None}
+        dspy.lm15.request_from_openai_chat(body, compat=chosen.resolution.compat)
+    except (dspy.lm15.LM15Error, TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def refuse_elsewhere(model: str, custom_provider: str | None = None) -> None:

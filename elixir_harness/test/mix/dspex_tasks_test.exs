@@ -130,7 +130,7 @@ defmodule Mix.Tasks.DspexTasksTest do
         Setup.run(["--python", "/no/python"])
       end
 
-      assert_raise Mix.Error, ~r/--with dspy is not known; .*: optimizers$/, fn ->
+      assert_raise Mix.Error, ~r/--with dspy is not known; .*: litellm, optimizers$/, fn ->
         Setup.run(["--with", "dspy"])
       end
 

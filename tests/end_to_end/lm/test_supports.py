@@ -31,7 +31,7 @@ def execute(peer: Peer, program: dict[str, Any] = SORT, *, fallbacks: int = 0, *
     return reply["result"]
 
 
-@pytest.mark.parametrize("route", [{}, BY_LITELLM])
+@pytest.mark.parametrize("route", [{}, pytest.param(BY_LITELLM, id="litellm")])
 def test_the_signatures_schema_goes_to_a_server_that_dspy_does_not_know(start_lm: Any, route: dict[str, Any]) -> None:
     server = start_lm(ANSWER)
     # LiteLLM, whose import takes seconds, is in the peer that the tests share.

@@ -193,6 +193,7 @@ def test_each_execute_has_its_own_header_and_one_without_has_none(
     assert server.headers["user-agent"].startswith(agent)
 
 
+@pytest.mark.litellm
 def test_a_header_of_the_lms_own_gives_way_the_others_stay(peer: Peer, start_lm: Any) -> None:
     """Whatever its case, with OpenAI's client and LiteLLM's own. A call without a trace sends it."""
     server = start_lm()

@@ -182,7 +182,7 @@ def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path
     served.prompts(given)
     served.prompts(program, lm={"model": "openai/call", **served.server.options()})
     first, second, third = served.server.requests[-3:]
-    assert (first["model"], first["temperature"], first["max_tokens"]) == ("saved-model", 0.25, 99)
+    assert (first["model"], first["temperature"], first["max_completion_tokens"]) == ("saved-model", 0.25, 99)
     assert (second["model"], third["model"]) == ("given", "call")
     assert served.server.authorizations[-3] == "Bearer sk-test-0123456789"
     for id in (program, given):

@@ -105,6 +105,7 @@ def parts_of(request: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for part in content if part["type"] != "text"]
 
 
+@pytest.mark.litellm
 @pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
 def test_media_arrive_at_the_lm_as_parts_of_their_own(start_lm: Any, adapter: str) -> None:
     answers = {"chat": chat(answer="ok"), "json": '{"answer": "ok"}', "xml": "<answer>ok</answer>"}

@@ -13,6 +13,7 @@ defmodule DSPex.PythonBridge.Doctor do
   | `interpreter` | which Python is used, and which setting decided |
   | `version` | the version of that Python |
   | `dspy`, `psutil`, and what `required_packages` names | their versions |
+  | `litellm` | its version, or a note: only LMs that DSPy's own engine does not serve need it |
   | `optimizers` | whether `mipro_v2` and `simba` find the packages that they need; a note if not, as programs do not need them |
   | `script`, `package` | the peer's script, and where its package `dspy_bridge` is |
   | `folders` | those of `DSPY_BRIDGE_STATE_DIR`, `DSPY_BRIDGE_FILES_DIR` and `DSPY_BRIDGE_DISK_CACHE`, where set |
@@ -37,7 +38,8 @@ defmodule DSPex.PythonBridge.Doctor do
   # Those of pyproject.toml: the least version, and the first that is not tested.
   @needed [{"dspy", "3.4.1", "4"}, {"psutil", "5.9", nil}]
   @optimizers [{"numpy", "1.26", nil}, {"optuna", "3.4", nil}]
-  @ranges @needed ++ @optimizers
+  @ranges @needed ++ [{"litellm", "1.65.8", nil} | @optimizers]
+  @with_litellm "`mix dspex.setup --with litellm`"
   # What each optimizer imports that DSPy does not install.
   @imports [{"mipro_v2", "optuna"}, {"simba", "numpy"}]
   # A peer imports nothing heavy to start. A shorter :start_timeout is kept.
@@ -80,6 +82,7 @@ defmodule DSPex.PythonBridge.Doctor do
       ] ++
         for(name <- packages, do: {name, ["version"], &package(name, &1["version"])}) ++
         [
+          {"litellm", ["version"], &litellm(&1["version"])},
           {"optimizers", ["version"], &optimizers(&1["version"])},
           {"script", ["configuration"], &script(options.(&1))},
           {"package", ["version", "script"], &peer_package(&1, options.(&1))},
@@ -164,7 +167,7 @@ defmodule DSPex.PythonBridge.Doctor do
   end
 
   defp version(python, packages, options) do
-    names = packages ++ for({name, _least, _below} <- @optimizers, do: name)
+    names = ["litellm" | packages] ++ for({name, _least, _below} <- @optimizers, do: name)
 
     with {:ok, probe} <- EnvironmentCheck.probe(python, names, options),
          nil <- Probe.too_old(probe) do
@@ -209,6 +212,14 @@ defmodule DSPex.PythonBridge.Doctor do
       fits?(name, version) -> {:ok, version, nil, true}
       true -> {:failed, "#{version}; tested is #{requirement(name)}", advice, nil}
     end
+  end
+
+  defp litellm(%{found: found}) do
+    if fits?("litellm", found["litellm"]),
+      do: {:ok, found["litellm"], nil, true},
+      else:
+        {:note, "not there: LMs other than those of DSPy's own engine need #{@with_litellm}", nil,
+         true}
   end
 
   # Programs run without what optimizers import.

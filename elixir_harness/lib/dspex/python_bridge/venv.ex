@@ -15,7 +15,7 @@ defmodule DSPex.PythonBridge.Venv do
   # What is made in a folder here. Everything else belongs to the user.
   @made ~w(bin lib lib64 include share pyvenv.cfg .gitignore .lock .uv CACHEDIR.TAG)
   # Each has its pins in a file of its name, without those that are in requirements.txt.
-  @extras ["optimizers"]
+  @extras ["litellm", "optimizers"]
   # Installing DSPy takes 20 to 60 s with a fast connection.
   @time_limit_ms 30 * 60_000
 
@@ -34,8 +34,8 @@ defmodule DSPex.PythonBridge.Venv do
   output of a program that failed, if any; a new environment is removed then.
 
     * `:python` – the interpreter to make it from: a path, or a name on the `PATH`
-    * `:with` – extras to install in addition: `["optimizers"]` are optuna and numpy, which two of DSPy's optimizers need. An
-      environment keeps the extras that it has
+    * `:with` – extras to install in addition: `["litellm"]` for LMs that DSPy's own engine does not serve, `["optimizers"]` for
+      optuna and numpy, which two of DSPy's optimizers need. An environment keeps the extras that it has
     * `:progress` – a function that is called with a line of text for each step
     * `:source` – the folder of `requirements.txt` and `package` (default: that in `priv`)
   """
@@ -84,8 +84,11 @@ defmodule DSPex.PythonBridge.Venv do
 
   defp known(extras) do
     case extras -- @extras do
-      [] -> :ok
-      [name | _] -> {:error, "--with #{name} is not known; what may be added: #{@extras}"}
+      [] ->
+        :ok
+
+      [name | _] ->
+        {:error, "--with #{name} is not known; what may be added: #{Enum.join(@extras, ", ")}"}
     end
   end
 
@@ -221,9 +224,10 @@ defmodule DSPex.PythonBridge.Venv do
   ## built, as that would run a build backend.
 
   defp install(%{folder: folder, source: source} = setup) do
-    # Compiled now: the user that runs the peer later may not write there.
-    args = ["pip", "install", "--compile-bytecode", "--no-build", "--require-hashes", "--python"]
-    args = args ++ [Interpreter.in_venv(folder)]
+    # Compiled now: the user that runs the peer later may not write there. The pins are complete: what else DSPy requires,
+    # LiteLLM, is an extra.
+    args = ["pip", "install", "--compile-bytecode", "--no-build", "--no-deps", "--require-hashes"]
+    args = args ++ ["--python", Interpreter.in_venv(folder)]
     args = if setup.copied, do: args ++ ["--break-system-packages"], else: args
     files = for name <- ["requirements" | setup.extras], do: Path.join(source, name <> ".txt")
     line = "installing the packages with uv: this may take some minutes"

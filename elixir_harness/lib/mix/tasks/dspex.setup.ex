@@ -5,7 +5,7 @@ defmodule Mix.Tasks.Dspex.Setup do
   versions that are tested; then runs `mix dspex.doctor` with it.
 
       $ mix dspex.setup
-      $ mix dspex.setup --with optimizers
+      $ mix dspex.setup --with litellm --with optimizers
       $ mix dspex.setup --path /opt/dspy_venv --python python3.12
       $ mix dspex.setup --release _build/prod/rel/my_app
 
@@ -13,6 +13,7 @@ defmodule Mix.Tasks.Dspex.Setup do
       `_build/dspex_venv`
     * `--python` – the interpreter to make it from, 3.10 or newer; by default that of the environment variable
       `PYTHON_EXECUTABLE`, or the one that `uv` chooses, or `python3`
+    * `--with litellm` – also LiteLLM, for the LMs that DSPy's own engine does not serve
     * `--with optimizers` – also optuna and numpy, which the optimizers `mipro_v2` and `simba` import
     * `--release` – the folder of a release
 

@@ -72,7 +72,7 @@ defmodule DSPex.PythonBridge.VenvTest do
     lines = made(venv, source)
     assert hd(lines) == "#{venv} keeps its optimizers" and all not in lines
     assert {version(venv, "tiny"), version(venv, "tuner"), peer(venv)} == {"2.0", "2.0", "two"}
-    assert refusal(venv, source, with: ["optimisers"]) =~ "what may be added: optimizers"
+    assert refusal(venv, source, with: ["optimisers"]) =~ "what may be added: litellm, optimizers"
   end
 
   test "a file with another hash is not installed: a new environment is removed, another stays",

@@ -66,7 +66,7 @@ defmodule DSPex.PythonBridge.Doctor.LM do
   defp unknown(why),
     do:
       {:failed, "could not find out whether its key is set: #{why}",
-       "see whether `import dspy, litellm` works in that Python"}
+       "see whether `import dspy` works in that Python"}
 
   ## What the script found out
 
@@ -86,6 +86,9 @@ defmodule DSPex.PythonBridge.Doctor.LM do
       do: {:note, found, "add to its :lm_options: supports: #{inspect(names)}"},
       else: {:ok, found, nil}
   end
+
+  defp result(%{"lacking" => why}, _options),
+    do: {:failed, why, "`mix dspex.setup --with litellm`, or an LM and options that need none"}
 
   defp result(%{"refused" => why}, _options),
     do:

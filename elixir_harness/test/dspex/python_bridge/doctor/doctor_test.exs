@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
   @moduletag :tmp_dir
   @moduletag :capture_log
 
-  @names ~w(configuration interpreter version dspy psutil optimizers script package folders) ++
+  @names ~w(configuration interpreter version dspy psutil litellm optimizers script package folders) ++
            ~w(ping program programs lm)
   @key "sk-0123456789abcdef"
 
@@ -104,7 +104,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert %{status: :failed, found: found} = checks["configuration"]
       assert found =~ "unknown option :max_retrys, did you mean"
       assert checks["interpreter"].found == "needs configuration"
-      assert statuses(checks, tl(@names)) == List.duplicate(:skipped, 12)
+      assert statuses(checks, tl(@names)) == List.duplicate(:skipped, 13)
     end
   end
 
@@ -154,7 +154,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       end
     end
 
-    test "of optimizers: a note", %{tmp_dir: dir} do
+    test "of LiteLLM and optimizers: notes", %{tmp_dir: dir} do
       answer = %{version: "3.11.0", found: %{dspy: "3.4.1", psutil: "5.9"}}
       lacking = "all but mipro_v2 (needs optuna>=3.4) and simba (needs numpy>=1.26)"
       setup = ": `mix dspex.setup --with optimizers`"
@@ -165,7 +165,10 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
             {%{numpy: "1.26.4", optuna: "3.4"}, "all of them, with numpy 1.26.4, optuna 3.4"}
           ] do
         says(dir, put_in(answer.found, Map.merge(answer.found, found)))
-        assert %{found: ^text, advice: nil} = run_without_peer()["optimizers"]
+        checks = run_without_peer()
+        assert %{found: ^text, advice: nil} = checks["optimizers"]
+        assert %{status: :note, advice: nil, found: found} = checks["litellm"]
+        assert found =~ "`mix dspex.setup --with litellm`"
       end
     end
 
@@ -235,7 +238,7 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
     assert text =~ "✓ configuration its keys and types are right"
     assert text =~ ~r/✗ interpreter   no Python found: .*\n {16}-> name one/
     assert text =~ "– version       skipped: needs interpreter\n"
-    assert text =~ ~r/\nFailed: 1 of 13\.\n\z/
+    assert text =~ ~r/\nFailed: 1 of 14\.\n\z/
     text = capture_io([encoding: :latin1], fn -> refute Doctor.print() end)
     assert text =~ "\nx interpreter   no Python found"
     assert for(<<byte <- text>>, byte > 127, do: byte) == []

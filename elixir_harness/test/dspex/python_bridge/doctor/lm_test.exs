@@ -57,6 +57,7 @@ defmodule DSPex.PythonBridge.Doctor.LMTest do
         {%{known: false}, [], :failed, "neither DSPy nor LiteLLM knows its provider"},
         {%{known: false}, @init, :note,
          "its provider is not known; DSPY_BRIDGE_INIT may bring it"},
+        {%{lacking: "no LiteLLM"}, [], :failed, "no LiteLLM"},
         {%{refused: "no such key: #{@key}"}, @given, :failed,
          "it or its options are refused: no such key: [redacted]"},
         {%{asked: %{error: "bad key #{@key}"}}, @given, :failed,
