@@ -146,7 +146,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
     file = Path.join(dir, "start")
     opts = fake_opts("waits_for_a_file", env: %{"FAKE_FILE" => file})
     bridge = start_supervised!({Bridge, opts})
-    monitor = start_monitor(bridge, timeout: 20, max_failures: 1)
+    monitor = start_monitor(bridge, timeout: 200, max_failures: 1)
 
     for _ <- 1..5 do
       assert %{status: :unhealthy, failures: 0} = Monitor.force_health_check(monitor)

@@ -393,7 +393,9 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     test "right after its first ping, again and again: :failed, after max_retries" do
       bridge = start("up_then_dies", max_retries: 2)
       eventually(fn -> Bridge.get_status(bridge).state == :failed end)
-      assert %{restarts: 2, last_error: "exit status 7"} = Bridge.get_status(bridge)
+      assert %{restarts: 2, last_error: why} = Bridge.get_status(bridge)
+      # A port whose peer has gone before it was written to says only that.
+      assert why in ["exit status 7", "its port closed: :epipe"]
     end
 
     test "of its calls, again and again: it is not :failed, and other calls are not refused" do

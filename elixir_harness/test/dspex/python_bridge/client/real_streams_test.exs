@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Client.RealStreamsTest do
       end
 
       elements =
-        bridge |> Bridge.stream(args, tools: %{search: search}, timeout: 3_000) |> Enum.to_list()
+        bridge |> Bridge.stream(args, tools: %{search: search}, timeout: 6_000) |> Enum.to_list()
 
       assert {:ok, %{"results" => [one, slow, two]}, _meta} = List.last(elements)
       assert %{"success" => true, "result" => %{"answer" => _}} = one

@@ -29,7 +29,7 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
   defp kill_bridge(name) do
     pid = Process.whereis(name)
     Process.exit(pid, :kill)
-    eventually(fn -> Process.whereis(name) not in [pid, nil] end)
+    eventually(fn -> Process.whereis(name) not in [pid, nil] end, 30_000)
   end
 
   test "all peers have them from the first call on, and when they are restarted" do
