@@ -75,7 +75,7 @@ defmodule DSPex.PythonBridge.Telemetry.DefaultLoggerTest do
 
     logged =
       lines(fn ->
-        calls = for _ <- 1..2, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 500) end)
+        calls = for _ <- 1..2, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 2_000) end)
         eventually(fn -> Bridge.get_status(bridge).pending == 2 end)
         FakePeer.kill(bridge)
         Task.await_many(calls)
