@@ -57,12 +57,14 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def own_reply(%{loading: {_port, id, _definition}} = state, id, frame),
     do: {:ok, DeclaredPrograms.loaded(state, frame)}
 
-  def own_reply(%{in_flight: %{asked: id} = in_flight} = state, id, _frame),
-    do: {:ok, %{state | in_flight: Dispatcher.warm(in_flight)}}
-
   # Of a request whose reply nobody needs.
   def own_reply(state, 0, _frame), do: {:ok, state}
-  def own_reply(_state, _id, _frame), do: :nobody
+
+  def own_reply(%{in_flight: in_flight} = state, id, _frame) do
+    if id in in_flight.asked,
+      do: {:ok, %{state | in_flight: Dispatcher.warm(in_flight, id)}},
+      else: :nobody
+  end
 
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})

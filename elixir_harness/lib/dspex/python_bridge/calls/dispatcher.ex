@@ -116,7 +116,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp advance(%InFlight{to: nil} = in_flight), do: in_flight
 
   defp advance(%InFlight{held: held} = in_flight) do
-    {ids, suspects} = Suspects.next(in_flight.suspects)
+    {ids, suspects} = Suspects.next(in_flight.suspects, in_flight.max_retries)
 
     Enum.reduce(
       :gb_sets.to_list(held) ++ ids,
@@ -195,13 +195,19 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp ask_for_dspy(in_flight, port) do
     {:ok, body} = Protocol.encode_body(:list_programs, %{program_ids: [], state: true})
     {id, in_flight} = own_request(in_flight, port, body)
-    %{in_flight | asked: id}
+    # Peers that finish their calls may answer, too.
+    %{in_flight | asked: [id | Enum.take(in_flight.asked, map_size(in_flight.send_queues))]}
   end
 
-  @doc "To be called with the reply to the request `asked`: the peer has imported DSPy."
-  @spec warm(InFlight.t()) :: InFlight.t()
-  def warm(%InFlight{suspects: suspects} = in_flight),
-    do: tap(%{in_flight | asked: nil, suspects: Suspects.warm(suspects)}, &InFlight.show_load/1)
+  @doc "To be called with the reply to one of the requests `asked`: that peer has imported DSPy."
+  @spec warm(InFlight.t(), pos_integer()) :: InFlight.t()
+  def warm(%InFlight{asked: [id | before], suspects: suspects} = in_flight, id) do
+    in_flight = %{in_flight | asked: before, suspects: Suspects.warm(suspects)}
+    tap(in_flight, &InFlight.show_load/1)
+  end
+
+  # A peer that no longer serves.
+  def warm(%InFlight{} = in_flight, _id), do: in_flight
 
   # The peer loads a program with the first run that needs it.
   defp give_programs(%InFlight{send_queues: queues} = in_flight, port) do

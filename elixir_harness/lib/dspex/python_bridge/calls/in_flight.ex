@@ -11,16 +11,16 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   alias DSPex.PythonBridge.Calls.{Request, SendQueue, Suspects}
 
   @enforce_keys [:max_retries, :programs, :observer]
-  defstruct [:max_retries, :programs, :observer, :to, :ids, :asked] ++
+  defstruct [:max_retries, :programs, :observer, :to, :ids] ++
               [calls: %{}, held: :gb_sets.empty(), send_queues: %{}, given: %{}] ++
-              [suspects: %Suspects{}, silent?: false, resent: 0, next_id: 1]
+              [suspects: %Suspects{}, asked: [], silent?: false, resent: 0, next_id: 1]
 
   @typedoc """
   `to`: the port of the peer that serves. `ids`: those of the calls by their callers' references, only for callers whose
   time is over: it is made when one of many calls is abandoned, and kept until all are answered. (Kept for each call, it
   costs 7 % more CPU with 256 at once.) `held`: the ids of the calls that no peer has, but for suspects that
-  wait. `given`: the stamps of the definitions that the peer was sent last, by the programs' ids. `asked`: the id of the request that
-  a cold peer answers when it has imported DSPy. `observer`: a module whose `notify/2` is called with the term and each
+  wait. `given`: the stamps of the definitions that the peer was sent last, by the programs' ids. `asked`: the ids of the requests that
+  cold peers answer when they have imported DSPy, the last first. `observer`: a module whose `notify/2` is called with the term and each
   `t:event/0`. `silent?`: with an observer, whether the peer has sent nothing since a call to it was given up. `resent`:
   how many times a call was resent, or will be.
   """
@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
           calls: %{pos_integer() => Request.t()},
           held: :gb_sets.set(pos_integer()),
           suspects: Suspects.t(),
-          asked: pos_integer() | nil,
+          asked: [pos_integer()],
           send_queues: %{SendQueue.transport() => SendQueue.t()},
           given: %{Programs.Store.id() => Programs.Store.stamp()},
           silent?: boolean(),

@@ -4,18 +4,18 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   # are tried in groups, first one alone, and no other call waits for them.
   #
   # A trial ends when a suspect that is alone is answered, or after a second: then its group goes on beside the next, so
-  # that slow ones hold nobody. After each trial that nobody died of the next group is eight times as large, so that 256
-  # innocent ones are sent within 5 s. Those with the most deaths come first, and of these the youngest, since a call
-  # that kills at once was sent just before the first death. A peer that has just taken over, and was given calls that
-  # were held, gets the first suspect a second later: one of these may kill, too.
+  # that slow ones hold nobody. Groups have 1, 3 and 9 suspects, and the fourth all the others, so that 256 innocent ones
+  # are sent within 5 s. Those with the most deaths come first, and of these the youngest, since a call that kills at once
+  # was sent just before the first death. A peer that has just taken over, and was given calls that were held, gets the
+  # first suspect a second later: one of these may kill, too.
   #
   # A peer that follows another is cold: it may still be importing DSPy. The second only begins when it has done so, or
   # after `@cold_ms`. Till then a pool prefers other peers.
   #
   # If a peer dies during a trial, the suspects on trial are blamed, and the others are not. Of a group it is not known
-  # which one killed, so none of it fails: it is searched in groups that begin with a quarter of it and double. Only
-  # one that was alone fails for its last death. One that kills later than its trial is spared `@most_spared` times at
-  # most, and others that run as long may be blamed for it.
+  # which one killed, so none of it fails: up to ten are tried one at a time, for half a second each, more in groups that
+  # begin with a quarter of them and double. Only one that was alone fails for its last death. One that kills later than
+  # its trial is spared `@most_spared` times at most, and others that run as long may be blamed for it.
 
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Protocol
@@ -23,27 +23,30 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   @trial_ms 1_000
   @cold_ms 10_000
   @most_spared 8
+  # Of a group in which a peer died.
+  @search_ms 500
+  @most_alone 10
+  @sizes %{1 => 3, 3 => 9}
   # As many as a peer runs at once.
   @largest_trial 256
-  @growth 8
 
   defstruct waiting: :gb_sets.empty(),
             trial: [],
             size: 1,
-            growth: @growth,
+            searching?: false,
             timer: nil,
             cold?: false
 
   @typedoc """
   `waiting`: deaths and id of each, negated; `trial`: the ids on trial; `timer`: of the trial, or of the pause;
-  `size`: of the next group; `growth`: how many times as large the one after it is; `cold?`: whether the peer follows
+  `size`: of the next group; `searching?`: a group has died; `cold?`: whether the peer follows
   another, and is not known to have imported DSPy.
   """
   @type t :: %__MODULE__{
           waiting: :gb_sets.set({integer(), integer()}),
           trial: [pos_integer()],
           size: pos_integer(),
-          growth: pos_integer(),
+          searching?: boolean(),
           timer: reference() | nil,
           cold?: boolean()
         }
@@ -70,15 +73,32 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   end
 
   @doc "The suspects that are sent now: none during a trial or a pause."
-  @spec next(t()) :: {[pos_integer()], t()}
-  def next(%__MODULE__{timer: nil} = state) do
-    case take(state.waiting, state.size, []) do
-      {[], _none} -> {[], %{state | size: 1, growth: @growth}}
-      {ids, waiting} -> {ids, %{state | trial: ids, waiting: waiting, timer: start_timer(state)}}
+  @spec next(t(), max_retries :: non_neg_integer()) :: {[pos_integer()], t()}
+  def next(%__MODULE__{timer: nil} = state, max_retries) do
+    searched = searched(:gb_sets.iterator(state.waiting), min(2, max_retries), 0)
+    alone? = searched in 1..@most_alone
+
+    case take(state.waiting, if(alone?, do: 1, else: state.size), []) do
+      {[], _none} ->
+        {[], %{state | size: 1, searching?: false}}
+
+      {ids, waiting} ->
+        timer = start_timer(state, if(alone?, do: @search_ms, else: @trial_ms))
+        {ids, %{state | trial: ids, waiting: waiting, timer: timer}}
     end
   end
 
-  def next(%__MODULE__{} = state), do: {[], state}
+  def next(%__MODULE__{} = state, _max_retries), do: {[], state}
+
+  # How many have more deaths than a suspect at first, as far as that matters.
+  defp searched(_iterator, _first_deaths, count) when count > @most_alone, do: count
+
+  defp searched(iterator, first_deaths, count) do
+    case :gb_sets.next(iterator) do
+      {{deaths, _id}, rest} when -deaths > first_deaths -> searched(rest, first_deaths, count + 1)
+      _other_or_none -> count
+    end
+  end
 
   defp take(waiting, size, ids) do
     if size == 0 or :gb_sets.is_empty(waiting) do
@@ -89,8 +109,8 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
     end
   end
 
-  defp start_timer(%{cold?: cold?}),
-    do: :erlang.start_timer(if(cold?, do: @cold_ms, else: @trial_ms), self(), :trial)
+  defp start_timer(%{cold?: cold?}, ms),
+    do: :erlang.start_timer(if(cold?, do: @cold_ms, else: ms), self(), :trial)
 
   @doc "The peer has imported DSPy."
   @spec warm(t()) :: t()
@@ -99,7 +119,7 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   def warm(%__MODULE__{timer: timer} = state) do
     cancel(timer)
     state = %{state | cold?: false}
-    %{state | timer: start_timer(state)}
+    %{state | timer: start_timer(state, @trial_ms)}
   end
 
   defp cancel(timer), do: :erlang.cancel_timer(timer, async: true, info: false)
@@ -113,9 +133,10 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   # Of an earlier trial.
   def timeout(%__MODULE__{} = state, _timer), do: state
 
-  defp trial_over(%{timer: timer, size: size, growth: growth} = state) do
+  defp trial_over(%{timer: timer, size: size, searching?: searching?} = state) do
     cancel(timer)
-    %{state | trial: [], timer: nil, size: min(growth * size, @largest_trial)}
+    size = if searching?, do: 2 * size, else: Map.get(@sizes, size, @largest_trial)
+    %{state | trial: [], timer: nil, size: min(size, @largest_trial)}
   end
 
   @doc "Ends the trial: the peer has died, or another takes over."
@@ -125,7 +146,7 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
     state = %{state | trial: [], timer: nil, cold?: true}
 
     case {how, trial} do
-      {:died, [_, _ | _]} -> %{state | size: max(div(length(trial), 4), 1), growth: 2}
+      {:died, [_, _ | _]} -> %{state | size: max(div(length(trial), 4), 1), searching?: true}
       _none_or_one -> %{state | size: 1}
     end
   end
@@ -134,7 +155,7 @@ defmodule DSPex.PythonBridge.Calls.Suspects do
   @spec start(t(), held? :: boolean()) :: t()
   def start(%__MODULE__{waiting: waiting} = state, held?) do
     if state.cold? and (held? or :gb_sets.is_empty(waiting)),
-      do: %{state | timer: start_timer(state)},
+      do: %{state | timer: start_timer(state, @trial_ms)},
       else: state
   end
 

@@ -115,7 +115,9 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert {:ok, _} = Bridge.call(bridge, :create_program, args, 10_000)
       # This peer answers everything.
       kill_peer(bridge)
-      assert {:ok, %{"seen" => ["ping", "create_program", "look"]}} = Bridge.call(bridge, :look)
+
+      assert {:ok, %{"seen" => ["ping", "create_program", "list_programs", "look"]}} =
+               Bridge.call(bridge, :look)
     end
   end
 
