@@ -63,6 +63,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
     Process.flag(:min_heap_size, @heap_words)
+    # Else a node that hangs, and does not take the replies to its calls, would suspend this process.
+    Process.flag(:async_dist, true)
     programs = options.store || declared(options)
 
     entry = %{
