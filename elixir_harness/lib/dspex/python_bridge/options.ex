@@ -109,11 +109,6 @@ defmodule DSPex.PythonBridge.Options do
 
   defp sealed(value), do: fn -> value end
 
-  @doc "The same options for a peer that logs to its standard error."
-  @spec log_to_stderr(t()) :: t()
-  def log_to_stderr(%__MODULE__{env: env} = options),
-    do: %{options | env: sealed(PeerEnv.log_to_stderr(env.()))}
-
   @doc "The environment of the peer, as a port takes it."
   @spec port_env(t()) :: [{charlist(), charlist()}]
   def port_env(%__MODULE__{env: env}),

@@ -20,6 +20,8 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   @first_delay_ms 50
   @max_delay_ms 5_000
+  # A peer that has lasted so long is followed by another at once: such peers start every two seconds at most.
+  @lasting_ms 2_000
   # The first delay doubled seven times is past the maximum.
   @max_doublings 7
   # More than `StartDiagnosis` takes.
@@ -57,12 +59,14 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def own_reply(%{loading: {_port, id, _definition}} = state, id, frame),
     do: {:ok, DeclaredPrograms.loaded(state, frame)}
 
-  def own_reply(%{in_flight: %{asked: id} = in_flight} = state, id, _frame),
-    do: {:ok, %{state | in_flight: Dispatcher.warm(in_flight)}}
-
   # Of a request whose reply nobody needs.
   def own_reply(state, 0, _frame), do: {:ok, state}
-  def own_reply(_state, _id, _frame), do: :nobody
+
+  def own_reply(%{in_flight: %{asked: asked} = in_flight} = state, id, _frame) do
+    if id in asked,
+      do: {:ok, %{state | in_flight: Dispatcher.warm(in_flight, id)}},
+      else: :nobody
+  end
 
   defp take_over(%{next: next, peer: before} = state) do
     state = cancel_timer(%{state | next: nil, peer: next, status: :running, last_error: nil})
@@ -82,16 +86,20 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
     # First, so that callers who get the error do not choose this peer again.
     InFlight.notify(state.in_flight, :down)
-    working? = state.loading != nil or Dispatcher.busy?(state.in_flight, peer.port)
     state = %{end_peer(%{state | peer: nil}, peer, :died, why) | last_error: why}
 
-    if state.next do
-      Status.death(state, peer, :warning, why, "its successor is starting")
-      %{state | status: :restarting}
-    else
-      {delay, state} = try_again(state, failures(state, peer, working?))
-      Status.death(state, peer, :warning, why, "next attempt in #{delay} ms")
-      refuse_calls(state)
+    cond do
+      state.status == :stopping ->
+        %{state | in_flight: InFlight.fail_all(state.in_flight, :python_process_died, :held)}
+
+      state.next ->
+        Status.death(state, peer, :warning, why, "its successor is starting")
+        %{state | status: :restarting}
+
+      true ->
+        {delay, state} = try_again(state, failures(state, peer))
+        Status.death(state, peer, :warning, why, "next attempt in #{delay} ms")
+        refuse_calls(state)
     end
   end
 
@@ -106,13 +114,9 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
   end
 
-  # Work may have killed it: the bridge goes on.
-  defp failures(%{failures: failures, options: %{max_retries: most}}, peer, working?) do
-    cond do
-      Peer.of_use?(peer) -> 0
-      working? -> min(failures + 1, most)
-      true -> failures + 1
-    end
+  # It did start, so the bridge is not `:failed`, whatever killed it.
+  defp failures(%{failures: failures, options: %{max_retries: most}}, peer) do
+    if Peer.uptime_ms(peer) >= @lasting_ms, do: 0, else: min(failures + 1, most)
   end
 
   defp lost_next(%{next: next} = state, why, reason),

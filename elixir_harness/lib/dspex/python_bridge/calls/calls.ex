@@ -122,11 +122,9 @@ defmodule DSPex.PythonBridge.Calls do
        do: in_flight
 
   defp note_chunk(in_flight, id, request, frame) do
-    cond do
-      not Protocol.repeatable?(frame) -> stays(in_flight, id, request, :never)
-      request.told? -> in_flight
-      true -> InFlight.put(in_flight, id, %{request | told?: true})
-    end
+    if Protocol.repeatable?(frame),
+      do: in_flight,
+      else: stays(in_flight, id, request, :never)
   end
 
   # It is not resent, so only a change of the programs needs the body.

@@ -195,13 +195,16 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp ask_for_dspy(in_flight, port) do
     {:ok, body} = Protocol.encode_body(:list_programs, %{program_ids: [], state: true})
     {id, in_flight} = own_request(in_flight, port, body)
-    %{in_flight | asked: id}
+    %{in_flight | asked: Enum.take([id | in_flight.asked], 2)}
   end
 
-  @doc "To be called with the reply to the request `asked`: the peer has imported DSPy."
-  @spec warm(InFlight.t()) :: InFlight.t()
-  def warm(%InFlight{suspects: suspects} = in_flight),
-    do: tap(%{in_flight | asked: nil, suspects: Suspects.warm(suspects)}, &InFlight.show_load/1)
+  @doc "To be called with the reply to a request of `asked`: the peer has imported DSPy."
+  @spec warm(InFlight.t(), pos_integer()) :: InFlight.t()
+  def warm(%InFlight{asked: [id | _], suspects: suspects} = in_flight, id),
+    do: tap(%{in_flight | suspects: Suspects.warm(suspects)}, &InFlight.show_load/1)
+
+  # One that no longer serves.
+  def warm(in_flight, _id), do: in_flight
 
   # The peer loads a program with the first run that needs it.
   defp give_programs(%InFlight{send_queues: queues} = in_flight, port) do
@@ -290,7 +293,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp lost_call(in_flight, id, request, how) do
     InFlight.restarted(request)
     resent = if how == :unsent, do: in_flight.resent, else: in_flight.resent + 1
-    hold(%{in_flight | resent: resent}, id, %{counted(request, how) | told?: false})
+    hold(%{in_flight | resent: resent}, id, counted(request, how))
   end
 
   defp counted(request, how) when how in [:died, :in_group],
