@@ -14,7 +14,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.Bridge.{DeclaredPrograms, Peer, StartDiagnosis, State, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, SendQueue}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.ServerGuard
 
@@ -49,23 +49,27 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   end
 
   @doc "Handles the reply to a request of the bridge itself; `:nobody` for one that comes too late."
-  @spec own_reply(State.t(), pos_integer(), binary()) :: {:ok, State.t()} | :nobody
-  def own_reply(%{next: %Peer{ping_id: id} = next} = state, id, _frame) do
+  @spec own_reply(State.t(), SendQueue.transport(), non_neg_integer(), binary()) ::
+          {:ok, State.t()} | :nobody
+  def own_reply(%{next: %Peer{ping_id: id} = next} = state, _port, id, _frame) do
     Status.log(state, next, :debug, "up after #{Peer.uptime_ms(next)} ms")
     Status.up(state, next)
     {:ok, take_over(%{state | next: Peer.up(next)})}
   end
 
-  def own_reply(%{loading: {_port, id, _definition}} = state, id, frame),
+  def own_reply(%{loading: {_port, id, _definition}} = state, _, id, frame),
     do: {:ok, DeclaredPrograms.loaded(state, frame)}
 
   # Of a request whose reply nobody needs.
-  def own_reply(state, 0, _frame), do: {:ok, state}
+  def own_reply(state, _port, 0, _frame), do: {:ok, state}
 
-  def own_reply(%{in_flight: %{asked: asked} = in_flight} = state, id, _frame) do
-    if id in asked,
-      do: {:ok, %{state | in_flight: Dispatcher.warm(in_flight, id)}},
-      else: :nobody
+  def own_reply(%{in_flight: %{asked: asked} = in_flight} = state, port, id, _frame) do
+    cond do
+      asked[port] == id -> {:ok, %{state | in_flight: Dispatcher.warm(in_flight, port)}}
+      # The peer has ended, and `asked` is forgotten.
+      not is_map_key(in_flight.send_queues, port) -> {:ok, state}
+      true -> :nobody
+    end
   end
 
   defp take_over(%{next: next, peer: before} = state) do

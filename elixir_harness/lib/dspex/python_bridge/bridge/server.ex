@@ -314,7 +314,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
         PeerLifecycle.drained(%{state | in_flight: in_flight}, port)
 
       :nobody ->
-        case PeerLifecycle.own_reply(state, id, frame) do
+        case PeerLifecycle.own_reply(state, port, id, frame) do
           {:ok, state} -> state
           # Too late, a second one, or never asked for.
           :nobody -> %{state | late_replies: state.late_replies + 1}

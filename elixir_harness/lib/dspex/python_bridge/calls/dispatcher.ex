@@ -33,11 +33,9 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     do: InFlight.release(in_flight, id, request)
 
   def withdraw(%InFlight{send_queues: queues} = in_flight, id, %Request{at: port} = request) do
-    queue = Map.fetch!(queues, port)
-
     in_flight =
-      if SendQueue.member?(queue, id),
-        do: %{in_flight | send_queues: %{queues | port => SendQueue.drop(queue, id)}},
+      if queue = SendQueue.drop(Map.fetch!(queues, port), id),
+        do: %{in_flight | send_queues: %{queues | port => queue}},
         else: in_flight |> control(port, Protocol.cancel_frame(id)) |> keep_change(id, request)
 
     answered(in_flight, request)
@@ -195,16 +193,15 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp ask_for_dspy(in_flight, port) do
     {:ok, body} = Protocol.encode_body(:list_programs, %{program_ids: [], state: true})
     {id, in_flight} = own_request(in_flight, port, body)
-    %{in_flight | asked: Enum.take([id | in_flight.asked], 2)}
+    %{in_flight | asked: Map.put(in_flight.asked, port, id)}
   end
 
-  @doc "To be called with the reply to a request of `asked`: the peer has imported DSPy."
-  @spec warm(InFlight.t(), pos_integer()) :: InFlight.t()
-  def warm(%InFlight{asked: [id | _], suspects: suspects} = in_flight, id),
+  @doc "To be called with a peer's reply to the request `asked`: it has imported DSPy."
+  @spec warm(InFlight.t(), SendQueue.transport()) :: InFlight.t()
+  def warm(%InFlight{to: port, suspects: suspects} = in_flight, port),
     do: tap(%{in_flight | suspects: Suspects.warm(suspects)}, &InFlight.show_load/1)
 
-  # One that no longer serves.
-  def warm(in_flight, _id), do: in_flight
+  def warm(in_flight, _old), do: in_flight
 
   # The peer loads a program with the first run that needs it.
   defp give_programs(%InFlight{send_queues: queues} = in_flight, port) do
@@ -251,7 +248,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     # Suspects are tried with the peer that serves.
     serves? = in_flight.to == port
     suspects = if serves?, do: in_flight.suspects, else: %Suspects{}
-    in_flight = %{in_flight | send_queues: queues}
+    in_flight = %{in_flight | send_queues: queues, asked: Map.delete(in_flight.asked, port)}
     in_flight = if serves?, do: none_serves(in_flight, how), else: in_flight
 
     in_flight =

@@ -12,15 +12,15 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
   @enforce_keys [:max_retries, :programs, :observer]
   defstruct [:max_retries, :programs, :observer, :to, :ids] ++
-              [asked: [], calls: %{}, held: :gb_sets.empty(), send_queues: %{}, given: %{}] ++
+              [asked: %{}, calls: %{}, held: :gb_sets.empty(), send_queues: %{}, given: %{}] ++
               [suspects: %Suspects{}, silent?: false, resent: 0, next_id: 1]
 
   @typedoc """
   `to`: the port of the peer that serves. `ids`: those of the calls by their callers' references, only for callers whose
   time is over: it is made when one of many calls is abandoned, and kept until all are answered. (Kept for each call, it
   costs 7 % more CPU with 256 at once.) `held`: the ids of the calls that no peer has, but for suspects that
-  wait. `given`: the stamps of the definitions that the peer was sent last, by the programs' ids. `asked`: the ids of the requests that
-  a cold peer, and one before it that still finishes, answer when they have imported DSPy. `observer`: a module whose `notify/2` is called with the term and each
+  wait. `given`: the stamps of the definitions that the peer was sent last, by the programs' ids. `asked`: the id of the request that
+  a cold peer answers when it has imported DSPy, by its port. `observer`: a module whose `notify/2` is called with the term and each
   `t:event/0`. `silent?`: with an observer, whether the peer has sent nothing since a call to it was given up. `resent`:
   how many times a call was resent, or will be.
   """
@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
           calls: %{pos_integer() => Request.t()},
           held: :gb_sets.set(pos_integer()),
           suspects: Suspects.t(),
-          asked: [pos_integer()],
+          asked: %{SendQueue.transport() => pos_integer()},
           send_queues: %{SendQueue.transport() => SendQueue.t()},
           given: %{Programs.Store.id() => Programs.Store.stamp()},
           silent?: boolean(),

@@ -140,7 +140,7 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   end
 
   defp body(id, args, max) do
-    case encode(args) do
+    case Protocol.encode_body(:create_program, args) do
       {:ok, body} when byte_size(body) + @head_bytes <= max and is_map_key(args, "signature") ->
         {:ok, body}
 
@@ -162,15 +162,4 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   @spec not_loaded(Store.id(), Error.t()) :: Error.t()
   def not_loaded(id, %Error{} = error),
     do: %{error | message: "program #{shown(id)} could not be loaded: #{error.message}"}
-
-  @doc """
-  The body of the request that creates a program. The error says where a value has no JSON form.
-
-      iex> alias DSPex.PythonBridge.Programs.Declared
-      iex> {:error, error} = Declared.encode(%{"id" => "qa", "lm" => %{api_key: {:system, "sk-…"}}})
-      iex> error.message
-      "args.lm.api_key: a tuple has no JSON form; a keyword list has to be written as a map"
-  """
-  @spec encode(%{String.t() => term()}) :: {:ok, binary()} | {:error, Error.t()}
-  def encode(args), do: Protocol.encode_body(:create_program, args)
 end
