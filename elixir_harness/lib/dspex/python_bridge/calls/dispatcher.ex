@@ -29,8 +29,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   cancelled in the peer.
   """
   @spec withdraw(InFlight.t(), pos_integer(), Request.t()) :: InFlight.t()
-  def withdraw(in_flight, id, %Request{at: nil} = request),
-    do: InFlight.release(in_flight, id, request)
+  def withdraw(in_flight, _id, %Request{at: nil}), do: in_flight
 
   def withdraw(%InFlight{send_queues: queues} = in_flight, id, %Request{at: port} = request) do
     in_flight =

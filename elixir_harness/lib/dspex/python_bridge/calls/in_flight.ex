@@ -136,24 +136,23 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   defp unwatch({:timer, ref}), do: :erlang.cancel_timer(ref, async: true, info: false)
   defp unwatch(nil), do: true
 
+  # A call that is held may end, too, by the reply of a peer that was replaced.
+  defp forget(%__MODULE__{held: held} = state, id, %Request{at: nil, deaths: 0}),
+    do: %{state | held: :gb_sets.delete_any(id, held)}
+
   defp forget(state, _id, %Request{deaths: 0}), do: state
 
-  defp forget(%__MODULE__{suspects: suspects} = state, id, request),
-    do: %{state | suspects: Suspects.drop(suspects, id, request)}
-
-  @doc "Removes a call from the held ones, if it is one of them."
-  @spec release(t(), pos_integer(), Request.t()) :: t()
-  def release(%__MODULE__{} = state, id, %Request{at: nil}),
-    do: %{state | held: :gb_sets.delete_any(id, state.held)}
-
-  def release(state, _id, _request), do: state
+  defp forget(%__MODULE__{suspects: suspects, held: held} = state, id, request) do
+    suspects = Suspects.drop(suspects, id, request)
+    %{state | suspects: suspects, held: :gb_sets.delete_any(id, held)}
+  end
 
   @doc "Fails a call, held or not."
   @spec fail(t(), pos_integer(), Request.failure()) :: t()
   def fail(%__MODULE__{} = state, id, failure) do
     {request, state} = take_out(state, id)
     answer(request, {:error, failure})
-    release(state, id, request)
+    state
   end
 
   @doc "Fails all calls, or only those that no peer has."

@@ -25,17 +25,27 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       iex> Declared.new([[id: :qa, signature: "question -> answer"]])
       {:ok, [{"qa", %{"id" => :qa, "signature" => "question -> answer"}}]}
       iex> Declared.new([%{id: "qa"}, %{id: :qa}])
-      {:error, "qa is declared twice, by entry 1 and by entry 2"}
+      {:error, "entry 2: qa is declared twice"}
   """
   @spec new(term()) :: {:ok, [t()]} | {:error, String.t()}
-  def new([{key, _value} | _rest]) when is_atom(key),
-    do: {:error, "expected a list of programs, got one: put it into a list"}
-
-  def new(list) when is_list(list) do
-    if List.improper?(list), do: not_a_list(), else: all(list)
+  def new(list) do
+    if is_list(list) and not List.improper?(list),
+      do: all(Enum.with_index(list, 1), []),
+      else: {:error, "expected a list of maps, keyword lists and modules"}
   end
 
-  def new(_other), do: not_a_list()
+  defp all([], declared), do: {:ok, Enum.reverse(declared)}
+
+  defp all([{entry, n} | rest], declared) do
+    with {:ok, {id, _args} = program} <- one(entry),
+         false <- List.keymember?(declared, id, 0) && {:error, "#{shown(id)} is declared twice"} do
+      all(rest, [program | declared])
+    else
+      {:error, text} ->
+        name = if is_atom(entry), do: " (#{inspect(entry)})"
+        {:error, "entry #{n}#{name}: #{text}"}
+    end
+  end
 
   @doc """
   One declaration, or the text that refuses it.
@@ -56,34 +66,6 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   end
 
   def one(entry), do: arguments(entry)
-
-  defp not_a_list,
-    do: {:error, "expected a list of maps, keyword lists and modules"}
-
-  # In their order, and the places of their ids.
-  defp all(list) do
-    list
-    |> Enum.with_index(1)
-    |> Enum.reduce_while({[], %{}}, fn {entry, n}, {declared, places} ->
-      place = if is_atom(entry), do: "entry #{n} (#{inspect(entry)})", else: "entry #{n}"
-
-      case one(entry) do
-        {:ok, {id, _args}} when is_map_key(places, id) ->
-          text = "#{shown(id)} is declared twice, by #{places[id]} and by #{place}"
-          {:halt, {:error, text}}
-
-        {:ok, {id, _args} = program} ->
-          {:cont, {[program | declared], Map.put(places, id, place)}}
-
-        {:error, text} ->
-          {:halt, {:error, "#{place}: #{text}"}}
-      end
-    end)
-    |> case do
-      {:error, text} -> {:error, text}
-      {declared, _places} -> {:ok, Enum.reverse(declared)}
-    end
-  end
 
   ## One entry
 

@@ -6,6 +6,7 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.Bridge
+  alias DSPex.Test.FakePeer
 
   @moduletag :tmp_dir
 
@@ -53,5 +54,21 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
     # By the peer that still serves.
     assert {:ok, _} = Task.await(again)
     assert Task.await(stop, 10_000) == :ok
+  end
+
+  test "a peer is replaced whose reply is on its way: the caller gets it, and the bridge goes on" do
+    spec = Supervisor.child_spec({Bridge, FakePeer.opts(:silent)}, restart: :temporary)
+    bridge = start_supervised!(spec)
+    call = async(bridge, :echo, %{})
+    pending(bridge, 1)
+    peer = FakePeer.of(bridge)
+    :sys.suspend(bridge)
+    Bridge.Server.replace(bridge)
+    # The bridge's own ping was 1.
+    send(bridge, {peer, {:data, ~s({"id":2,"success":true,"result":{}})}})
+    :sys.resume(bridge)
+    assert Task.await(call) == {:ok, %{}}
+    eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
+    assert FakePeer.of(bridge) not in [nil, peer]
   end
 end
