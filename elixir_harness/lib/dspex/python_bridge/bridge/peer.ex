@@ -12,15 +12,15 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   alias DSPex.PythonBridge.Python.Interpreter
 
   @enforce_keys [:port, :os_pid, :opened_at]
-  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, up?: false]
 
-  @typedoc "`up_at`: when it answered its first ping."
+  @typedoc "`up?`: whether it has answered its first ping."
   @type t :: %__MODULE__{
           port: SendQueue.transport(),
           os_pid: pos_integer() | nil,
           opened_at: integer(),
           ping_id: pos_integer() | nil,
-          up_at: integer() | nil
+          up?: boolean()
         }
 
   @doc """
@@ -80,10 +80,6 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
     # It was closed already.
     ArgumentError -> :ok
   end
-
-  @doc "Marks a peer that has answered its first ping."
-  @spec up(t()) :: t()
-  def up(%__MODULE__{} = peer), do: %{peer | up_at: Deadline.now()}
 
   @doc "Milliseconds since the peer was opened."
   @spec uptime_ms(t()) :: non_neg_integer()

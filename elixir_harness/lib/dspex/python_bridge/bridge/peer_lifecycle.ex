@@ -54,7 +54,7 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def own_reply(%{next: %Peer{ping_id: id} = next} = state, _port, id, _frame) do
     Status.log(state, next, :debug, "up after #{Peer.uptime_ms(next)} ms")
     Status.up(state, next)
-    {:ok, take_over(%{state | next: Peer.up(next)})}
+    {:ok, take_over(%{state | next: %{next | up?: true}})}
   end
 
   def own_reply(%{loading: {_port, id, _definition}} = state, _, id, frame),

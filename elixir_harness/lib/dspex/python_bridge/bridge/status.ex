@@ -75,7 +75,7 @@ defmodule DSPex.PythonBridge.Bridge.Status do
       os_pid: peer && peer.os_pid,
       reason: reason,
       detail: detail,
-      was_up: peer != nil and peer.up_at != nil
+      was_up: peer != nil and peer.up?
     }
 
     Telemetry.execute([:bridge, :peer, :down], %{uptime: uptime(peer)}, metadata)
@@ -94,6 +94,6 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   defp uptime(peer), do: System.convert_time_unit(Peer.uptime_ms(peer), :millisecond, :native)
 
   defp what_happened(nil), do: "not started"
-  defp what_happened(%Peer{up_at: nil}), do: "died before it was up"
+  defp what_happened(%Peer{up?: false}), do: "died before it was up"
   defp what_happened(_peer), do: "died"
 end

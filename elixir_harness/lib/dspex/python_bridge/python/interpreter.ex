@@ -88,9 +88,11 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
       else: {:error, "no Python found: #{whose} names #{path}, which is not a file"}
   end
 
+  # Links are not resolved: a venv's python is a link, and finds its venv by the path of the link.
   @doc "The interpreter in the folder of a virtual environment; nil if there is none."
   @spec in_venv(Path.t()) :: Path.t() | nil
-  def in_venv(folder), do: Enum.find_value(@in_venv, &existing(Path.join(folder, &1)))
+  def in_venv(folder),
+    do: @in_venv |> Enum.map(&Path.join(folder, &1)) |> Enum.find(&File.regular?/1)
 
   @doc "The folder of the packages of an environment."
   @spec site_packages(Path.t()) :: Path.t()
@@ -137,15 +139,13 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
-  defp end_of_links(path) do
-    case File.read_link(path) do
-      {:ok, target} -> end_of_links(Path.expand(target, Path.dirname(path)))
-      {:error, _no_link} -> path
+  # They may go in a circle.
+  defp end_of_links(path, left \\ 40) do
+    case left > 0 && File.read_link(path) do
+      {:ok, target} -> end_of_links(Path.expand(target, Path.dirname(path)), left - 1)
+      _no_link -> path
     end
   end
-
-  # Links are not resolved: a venv's python is a link, and finds its venv by the path of the link.
-  defp existing(path), do: if(File.regular?(path), do: path)
 
   # An empty variable counts as unset.
   defp env(name), do: with("" <- System.get_env(name, ""), do: nil)

@@ -108,6 +108,12 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
                  "(remove it, and `mix dspex.setup` makes it anew)"
     end
 
+    test "its links go in a circle", %{venv: venv} do
+      link(venv, "python3", "python")
+      link(venv, "python", "python3")
+      assert said(venv) =~ "bin/python"
+    end
+
     # What is said where `hidden` may not be looked at. Root may look anywhere, so the test is another user then.
     defp as_another(venv, hidden) do
       File.chmod!(hidden, 0)
