@@ -200,16 +200,13 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def handle_info({port, {:exit_status, code}}, state) when is_transport(port),
     do: {:noreply, PeerLifecycle.lost(state, port, "exit status #{code}")}
 
-  def handle_info({:EXIT, port, reason}, state) when is_port(port),
-    do: {:noreply, PeerLifecycle.lost(state, port, "its port closed: #{inspect(reason)}")}
+  # A process is the one in the place of a port, or has linked itself to the bridge. (The parent's exit never gets here.)
+  def handle_info({:EXIT, port_or_process, _reason}, state),
+    do: {:noreply, PeerLifecycle.lost(state, port_or_process, "its port closed")}
 
   # A child of the peer holds its output open, so the port does not report its end.
   def handle_info({:peer_gone, os_pid}, state),
     do: {:noreply, PeerLifecycle.lost(state, os_pid, "it is gone")}
-
-  # The process in the place of a port, or one that has linked itself to the bridge. (The parent's exit never gets here.)
-  def handle_info({:EXIT, pid, _reason}, state) when is_pid(pid),
-    do: {:noreply, PeerLifecycle.lost(state, pid, "its process ended")}
 
   def handle_info(_stray, state), do: {:noreply, state}
 

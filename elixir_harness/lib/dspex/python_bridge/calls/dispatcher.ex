@@ -34,7 +34,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   def withdraw(%InFlight{send_queues: queues} = in_flight, id, %Request{at: port} = request) do
     in_flight =
       if queue = SendQueue.drop(Map.fetch!(queues, port), id),
-        do: %{in_flight | send_queues: %{queues | port => queue}},
+        do: not_given(%{in_flight | send_queues: %{queues | port => queue}}, request.change),
         else: in_flight |> control(port, Protocol.cancel_frame(id)) |> keep_change(id, request)
 
     answered(in_flight, request)
@@ -165,6 +165,16 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
 
   defp given(%InFlight{given: given} = in_flight, {:cleanup, ids, _stamp}),
     do: %{in_flight | given: Map.drop(given, ids)}
+
+  # The peer keeps these programs, and has to hear of later removals. What it is sent a second time does no harm.
+  defp not_given(%InFlight{programs: programs, given: given} = in_flight, {:cleanup, _, _}) do
+    kept =
+      for {id, stamp, _body} <- Programs.Store.definitions(programs), into: %{}, do: {id, stamp}
+
+    %{in_flight | given: Map.merge(given, kept)}
+  end
+
+  defp not_given(in_flight, _change), do: in_flight
 
   ## A peer starts
 

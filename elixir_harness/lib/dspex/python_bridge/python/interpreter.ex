@@ -52,12 +52,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
-  @doc """
-  The setting that decided, as text.
-
-      iex> DSPex.PythonBridge.Python.Interpreter.describe(:path)
-      "the first python3 on the PATH"
-  """
+  @doc "The setting that decided, as text."
   @spec describe(source()) :: String.t()
   def describe(:option), do: "the option :python_executable"
   def describe(:virtual_env), do: "virtual_env in config :dspex, :python_environment"

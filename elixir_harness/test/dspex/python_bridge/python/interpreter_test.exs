@@ -8,8 +8,6 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
   alias DSPex.PythonBridge.Bridge
   alias DSPex.PythonBridge.Python.Interpreter
 
-  doctest Interpreter
-
   @moduletag :tmp_dir
 
   setup do
