@@ -66,15 +66,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
     # Else a node that hangs, and does not take the replies to its calls, would suspend this process.
     Process.flag(:async_dist, true)
-    programs = options.store || declared(options)
-
-    entry = %{
-      name: State.name(options),
-      default_timeout: options.default_timeout,
-      max_retries: options.max_retries,
-      programs: programs
-    }
-
+    name = State.name(options)
+    programs = options.store || declared(options, name)
+    entry = %{name: name, programs: programs, default_timeout: options.default_timeout}
     Registry.put(:bridge, self(), entry)
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)
@@ -85,10 +79,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
     state = %State{
       options: options,
-      label: inspect(State.name(options)),
       reaper: Reaper.start(self()),
-      log_forwarder: LogForwarder.start(State.name(options)),
-      programs: programs,
+      log_forwarder: LogForwarder.start(name),
       to_load: Programs.Store.declared_ids(programs),
       in_flight: in_flight
     }
@@ -96,10 +88,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     {:ok, state, {:continue, :open}}
   end
 
-  defp declared(options) do
-    whose = {:bridge, State.name(options)}
-    Programs.Declared.store(options.programs.(), whose, options.max_frame_bytes)
-  end
+  defp declared(options, name),
+    do: Programs.Declared.store(options.programs.(), {:bridge, name}, options.max_frame_bytes)
 
   @impl GenServer
   def handle_continue(:open, state), do: {:noreply, PeerLifecycle.open(state)}

@@ -31,7 +31,7 @@ defmodule DSPex.PythonBridge.Bridge.Status do
       late_replies: state.late_replies,
       unreadable_frames: state.unreadable_frames,
       last_error: state.last_error,
-      programs: %{failed: failed(state.programs, state.failed)}
+      programs: %{failed: failed(state.in_flight.programs, state.failed)}
     }
   end
 
@@ -54,8 +54,9 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   @spec log(State.t(), Peer.t() | nil, Logger.level(), String.t()) :: :ok
   def log(state, peer, level, text) do
     os_pid = peer && peer.os_pid
-    text = "bridge #{state.label}, Python process #{os_pid || "none"}: #{text}"
-    Logger.log(level, text, bridge: State.name(state.options), os_pid: os_pid)
+    bridge = State.name(state.options)
+    text = "bridge #{inspect(bridge)}, Python process #{os_pid || "none"}: #{text}"
+    Logger.log(level, text, bridge: bridge, os_pid: os_pid)
   end
 
   @doc "Emits the event of a peer that has answered its first ping."
