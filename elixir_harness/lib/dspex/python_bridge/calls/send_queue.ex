@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   # frames by their ids.
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
+  alias DSPex.PythonBridge.OTP.Deadline
 
   # A process that takes the place of a port takes the messages of one, and always has room.
   @typedoc "The port of a peer, or the process in its place."
@@ -147,9 +147,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   end
 
   # Writing needs no ownership of the port.
-  defp start_writer(port, frame) do
-    spawn_monitor(fn -> ServerGuard.run(fn -> write_waiting(port, frame) end) end)
-  end
+  defp start_writer(port, frame), do: spawn_monitor(fn -> write_waiting(port, frame) end)
 
   defp write_waiting(port, frame) do
     Port.command(port, frame)
