@@ -35,17 +35,23 @@ defmodule DSPex.PythonBridge.Monitor do
   require Logger
 
   alias DSPex.PythonBridge.{Bridge, Options, Telemetry}
-  alias DSPex.PythonBridge.Bridge.{Health, Server}
+  alias DSPex.PythonBridge.Bridge.Server
   alias DSPex.PythonBridge.Options.Table
 
   # A monitor answers questions at once, as a bridge does.
   @question_ms 5_000
+  # The number of response times that are kept.
+  @window 1_000
+  # failures: misses in a row; doubted: how many of them were pings in doubt; missed: the OS pid of the peer that missed
+  # them; times: the last response times, in ms, newest first.
+  @unknown %{status: :unknown, last_check: nil, checks: 0, answered: 0, times: []}
+           |> Map.merge(%{failures: 0, doubted: 0, missed: nil})
 
   # timer: of the next check; nil while one runs. waiting: callers who forced it. pings: those under way, by their monitors:
   # when they were sent, and whether in doubt. doubt: the timer of the next ping in doubt; again?: whether there is reason
   # for it. counts_from: pings in doubt that were sent before it do not count as missed.
   @enforce_keys [:options, :counts_from]
-  defstruct [:options, :timer, :doubt, :counts_from, health: %Health{}] ++
+  defstruct [:options, :timer, :doubt, :counts_from, health: @unknown] ++
               [waiting: [], pings: %{}, again?: false]
 
   @type health :: %{
@@ -102,10 +108,10 @@ defmodule DSPex.PythonBridge.Monitor do
     with true <- not is_pid(pid) or node(pid) != node() or monitor?(pid),
          answer when answer != {:error, :unknown_call} <- GenServer.call(pid, question, timeout),
          do: answer,
-         else: (_no_monitor -> Health.report(%Health{}))
+         else: (_no_monitor -> report(@unknown))
   catch
     # Any term may be given as a monitor, and may raise.
-    _kind, _not_running -> Health.report(%Health{})
+    _kind, _not_running -> report(@unknown)
   end
 
   defp monitor?(pid), do: :proc_lib.translate_initial_call(pid) == {__MODULE__, :init, 1}
@@ -141,13 +147,13 @@ defmodule DSPex.PythonBridge.Monitor do
     do: {:ok, schedule(%__MODULE__{options: options, counts_from: System.monotonic_time()})}
 
   @impl GenServer
-  def handle_call(:health, _from, state), do: {:reply, Health.report(state.health), state}
+  def handle_call(:health, _from, state), do: {:reply, report(state.health), state}
 
   # Of a ping, and the bridge's status if that is missed.
   def handle_call(:check_ms, _from, state),
     do: {:reply, state.options.timeout + 3 * @question_ms, state}
 
-  def handle_call(:reset, _from, state), do: {:reply, :ok, %{state | health: %Health{}}}
+  def handle_call(:reset, _from, state), do: {:reply, :ok, %{state | health: @unknown}}
 
   def handle_call(:check, from, state) do
     state = %{state | waiting: [from | state.waiting]}
@@ -161,8 +167,11 @@ defmodule DSPex.PythonBridge.Monitor do
   def handle_cast(:unanswered, %{doubt: nil} = state), do: {:noreply, ping_in_doubt(state)}
   def handle_cast(:unanswered, state), do: {:noreply, %{state | again?: true}}
 
-  def handle_cast(:heard, state),
-    do: {:noreply, forget_misses(%{state | health: Health.heard(state.health)})}
+  # The misses of pings in doubt no longer count.
+  def handle_cast(:heard, %{health: health} = state) do
+    health = %{health | failures: health.failures - health.doubted, doubted: 0}
+    {:noreply, forget_misses(%{state | health: health})}
+  end
 
   def handle_cast(_stray, state), do: {:noreply, state}
 
@@ -206,7 +215,7 @@ defmodule DSPex.PythonBridge.Monitor do
   end
 
   defp conclude(state) do
-    Enum.each(state.waiting, &GenServer.reply(&1, Health.report(state.health)))
+    Enum.each(state.waiting, &GenServer.reply(&1, report(state.health)))
     schedule(%{state | waiting: []})
   end
 
@@ -248,7 +257,8 @@ defmodule DSPex.PythonBridge.Monitor do
   defp checked(state, result, sent, doubt?) do
     # An error is an answer: it counts, whatever else the peer sends, and there is reason for another ping.
     blocked? = blocked?(result)
-    health = count(Health.checked(state.health), result, doubt? and not blocked?, state.options)
+    health = %{state.health | last_check: DateTime.utc_now(), checks: state.health.checks + 1}
+    health = count(health, result, doubt? and not blocked?, state.options)
     metadata = %{bridge: state.options.bridge, result: name(result), failures: health.failures}
     duration = System.monotonic_time() - sent
     Telemetry.execute([:monitor, :check], %{duration: duration}, metadata)
@@ -256,14 +266,16 @@ defmodule DSPex.PythonBridge.Monitor do
     if health.failures >= state.options.max_failures, do: restart(state, result), else: state
   end
 
-  defp count(health, {:answered, ms}, _doubt?, _options), do: Health.answered(health, ms)
+  defp count(health, {:answered, ms}, _doubt?, _options) do
+    times = Enum.take([ms | health.times], @window)
+    %{no_misses(health) | status: :healthy, answered: health.answered + 1, times: times}
+  end
+
   defp count(health, :overloaded, _doubt?, _options), do: health
 
   defp count(health, {:missed, reason, status} = result, doubt?, %{bridge: bridge}) do
-    health =
-      if missed?(result),
-        do: Health.missed(health, status.os_pid, doubt?),
-        else: Health.unhealthy(health)
+    health = %{health | status: :unhealthy}
+    health = if missed?(result), do: miss(health, status.os_pid, doubt?), else: health
 
     # A peer's error text may have contents of a request.
     Logger.warning(
@@ -280,6 +292,17 @@ defmodule DSPex.PythonBridge.Monitor do
     health
   end
 
+  defp miss(%{missed: os_pid} = health, os_pid, doubt?) do
+    doubted = if doubt?, do: health.doubted + 1, else: health.doubted
+    %{health | failures: health.failures + 1, doubted: doubted}
+  end
+
+  # Misses of another peer are not counted to it.
+  defp miss(health, os_pid, doubt?),
+    do: miss(%{no_misses(health) | missed: os_pid}, os_pid, doubt?)
+
+  defp no_misses(health), do: %{health | failures: 0, doubted: 0}
+
   defp name({:answered, _ms}), do: :ok
   defp name({:missed, reason, _status}) when is_atom(reason), do: reason
   defp name({:missed, _error_text, _status}), do: :error
@@ -287,6 +310,25 @@ defmodule DSPex.PythonBridge.Monitor do
 
   defp restart(state, {:missed, reason, _status}) do
     if reason != :bridge_not_running, do: Server.replace(state.options.bridge)
-    forget_misses(%{state | health: Health.recovered(state.health)})
+    forget_misses(%{state | health: no_misses(state.health)})
   end
+
+  defp report(health) do
+    sorted = health.times |> Enum.sort() |> List.to_tuple()
+
+    health
+    |> Map.take([:status, :failures, :last_check, :checks])
+    |> Map.merge(%{
+      success_rate: if(health.checks > 0, do: health.answered / health.checks, else: 0.0),
+      response_ms: %{
+        last: List.first(health.times),
+        p50: percentile(sorted, 50),
+        p99: percentile(sorted, 99)
+      }
+    })
+  end
+
+  # Nearest rank.
+  defp percentile({}, _percent), do: nil
+  defp percentile(sorted, percent), do: elem(sorted, ceil(tuple_size(sorted) * percent / 100) - 1)
 end

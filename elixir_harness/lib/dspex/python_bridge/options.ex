@@ -25,16 +25,7 @@ defmodule DSPex.PythonBridge.Options do
   # declared programs are in it.
   @internal [:observer, :transport, :store]
 
-  defstruct [
-              :name,
-              :python_executable,
-              :script_path,
-              :env,
-              :programs,
-              :observer,
-              :transport,
-              :store
-            ] ++
+  defstruct ~w(name python_executable script_path env programs observer transport store)a ++
               [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
               [max_pending: 100_000, start_timeout: 30_000, drain_ms: 5_000]
 
@@ -81,38 +72,18 @@ defmodule DSPex.PythonBridge.Options do
       true
   """
   @spec seal(keyword()) :: keyword()
-  def seal(opts) do
-    each_secret(opts, fn
-      sealed when is_function(sealed, 0) -> sealed
-      value -> sealed(value)
-    end)
-  end
+  def seal(opts), do: each_secret(opts, &if(is_function(&1, 0), do: &1, else: sealed(&1)))
 
-  defp unsealed(opts) do
-    each_secret(opts, fn
-      sealed when is_function(sealed, 0) -> sealed.()
-      value -> value
-    end)
-  end
+  defp unsealed(opts), do: each_secret(opts, &if(is_function(&1, 0), do: &1.(), else: &1))
 
   # Wrong options are refused by new/1.
   defp each_secret(opts, fun) do
-    if is_list(opts) and not List.improper?(opts) do
-      Enum.map(opts, fn
-        {key, value} when key in @secret -> {key, fun.(value)}
-        other -> other
-      end)
-    else
-      opts
-    end
+    if Keyword.keyword?(opts),
+      do: for({key, value} <- opts, do: {key, if(key in @secret, do: fun.(value), else: value)}),
+      else: opts
   end
 
   defp sealed(value), do: fn -> value end
-
-  @doc "The same options for a peer that logs to its standard error."
-  @spec log_to_stderr(t()) :: t()
-  def log_to_stderr(%__MODULE__{env: env} = options),
-    do: %{options | env: sealed(PeerEnv.log_to_stderr(env.()))}
 
   @doc "The environment of the peer, as a port takes it."
   @spec port_env(t()) :: [{charlist(), charlist()}]

@@ -22,8 +22,7 @@ defmodule DSPex.PythonBridge.Pool do
 
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
   alias DSPex.PythonBridge.Client.StreamReducer
-  alias DSPex.PythonBridge.OTP.Parallel
-  alias DSPex.PythonBridge.Pool.{Caller, Cluster, Handle, LoadCounters}
+  alias DSPex.PythonBridge.Pool.{Caller, Cluster, Handle, LoadCounters, Parallel}
   alias DSPex.PythonBridge.Telemetry.CallSpan
 
   @typedoc "The name of a pool, or its pid."

@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredPrograms do
   def load(%{peer: %Peer{port: port}, loading: nil, to_load: [id | rest]} = state) do
     state = %{state | to_load: rest}
 
-    with {stamp, body} <- Programs.Store.get(state.programs, id),
+    with {stamp, body} <- Programs.Store.get(state.in_flight.programs, id),
          true <- Programs.Store.declared?(stamp) do
       {request_id, in_flight} = Dispatcher.own_request(state.in_flight, port, body)
       %{state | in_flight: in_flight, loading: {port, request_id, {id, stamp, body}}}

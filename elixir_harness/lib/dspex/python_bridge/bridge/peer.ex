@@ -11,20 +11,16 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Python.Interpreter
 
-  # The death of a peer that has lasted so long is not an early one: such peers start every two seconds at most.
-  @lasting_ms 2_000
-
   @enforce_keys [:port, :os_pid, :opened_at]
-  defstruct [:port, :os_pid, :opened_at, :ping_id, :up_at, answered?: false]
+  defstruct [:port, :os_pid, :opened_at, :ping_id, up?: false]
 
-  @typedoc "`up_at`: when it answered its first ping. `answered?`: whether it has answered a call."
+  @typedoc "`up?`: whether it has answered its first ping."
   @type t :: %__MODULE__{
           port: SendQueue.transport(),
           os_pid: pos_integer() | nil,
           opened_at: integer(),
           ping_id: pos_integer() | nil,
-          up_at: integer() | nil,
-          answered?: boolean()
+          up?: boolean()
         }
 
   @doc """
@@ -84,17 +80,6 @@ defmodule DSPex.PythonBridge.Bridge.Peer do
     # It was closed already.
     ArgumentError -> :ok
   end
-
-  @doc "Marks a peer that has answered its first ping."
-  @spec up(t()) :: t()
-  def up(%__MODULE__{} = peer), do: %{peer | up_at: Deadline.now()}
-
-  @doc "Whether the peer was of use. One that only answered its first ping may be broken, and die at once each time."
-  @spec of_use?(t()) :: boolean()
-  def of_use?(%__MODULE__{up_at: nil}), do: false
-
-  def of_use?(%__MODULE__{up_at: up_at, answered?: answered?}),
-    do: answered? or Deadline.now() - up_at >= @lasting_ms
 
   @doc "Milliseconds since the peer was opened."
   @spec uptime_ms(t()) :: non_neg_integer()

@@ -14,12 +14,14 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
 
   alias DSPex.PythonBridge.Protocol
   alias DSPex.PythonBridge.Bridge.{DeclaredPrograms, Peer, StartDiagnosis, State, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, SendQueue}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.ServerGuard
 
   @first_delay_ms 50
   @max_delay_ms 5_000
+  # A peer that has lasted so long is followed by another at once: such peers start every two seconds at most.
+  @lasting_ms 2_000
   # The first delay doubled seven times is past the maximum.
   @max_doublings 7
   # More than `StartDiagnosis` takes.
@@ -47,23 +49,27 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   end
 
   @doc "Handles the reply to a request of the bridge itself; `:nobody` for one that comes too late."
-  @spec own_reply(State.t(), pos_integer(), binary()) :: {:ok, State.t()} | :nobody
-  def own_reply(%{next: %Peer{ping_id: id} = next} = state, id, _frame) do
+  @spec own_reply(State.t(), SendQueue.transport(), non_neg_integer(), binary()) ::
+          {:ok, State.t()} | :nobody
+  def own_reply(%{next: %Peer{ping_id: id} = next} = state, _port, id, _frame) do
     Status.log(state, next, :debug, "up after #{Peer.uptime_ms(next)} ms")
     Status.up(state, next)
-    {:ok, take_over(%{state | next: Peer.up(next)})}
+    {:ok, take_over(%{state | next: %{next | up?: true}})}
   end
 
-  def own_reply(%{loading: {_port, id, _definition}} = state, id, frame),
+  def own_reply(%{loading: {_port, id, _definition}} = state, _, id, frame),
     do: {:ok, DeclaredPrograms.loaded(state, frame)}
 
   # Of a request whose reply nobody needs.
-  def own_reply(state, 0, _frame), do: {:ok, state}
+  def own_reply(state, _port, 0, _frame), do: {:ok, state}
 
-  def own_reply(%{in_flight: in_flight} = state, id, _frame) do
-    if id in in_flight.asked,
-      do: {:ok, %{state | in_flight: Dispatcher.warm(in_flight, id)}},
-      else: :nobody
+  def own_reply(%{in_flight: %{asked: asked} = in_flight} = state, port, id, _frame) do
+    cond do
+      asked[port] == id -> {:ok, %{state | in_flight: Dispatcher.warm(in_flight, port)}}
+      # The peer has ended, and `asked` is forgotten.
+      not is_map_key(in_flight.send_queues, port) -> {:ok, state}
+      true -> :nobody
+    end
   end
 
   defp take_over(%{next: next, peer: before} = state) do
@@ -84,16 +90,20 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
   def lost(%{peer: %Peer{} = peer} = state, which, why) when which in [peer.port, peer.os_pid] do
     # First, so that callers who get the error do not choose this peer again.
     InFlight.notify(state.in_flight, :down)
-    working? = state.loading != nil or Dispatcher.busy?(state.in_flight, peer.port)
     state = %{end_peer(%{state | peer: nil}, peer, :died, why) | last_error: why}
 
-    if state.next do
-      Status.death(state, peer, :warning, why, "its successor is starting")
-      %{state | status: :restarting}
-    else
-      {delay, state} = try_again(state, failures(state, peer, working?))
-      Status.death(state, peer, :warning, why, "next attempt in #{delay} ms")
-      refuse_calls(state)
+    cond do
+      state.status == :stopping ->
+        %{state | in_flight: InFlight.fail_all(state.in_flight, :python_process_died, :held)}
+
+      state.next ->
+        Status.death(state, peer, :warning, why, "its successor is starting")
+        %{state | status: :restarting}
+
+      true ->
+        {delay, state} = try_again(state, failures(state, peer))
+        Status.death(state, peer, :warning, why, "next attempt in #{delay} ms")
+        refuse_calls(state)
     end
   end
 
@@ -108,13 +118,9 @@ defmodule DSPex.PythonBridge.Bridge.PeerLifecycle do
     end
   end
 
-  # Work may have killed it: the bridge goes on.
-  defp failures(%{failures: failures, options: %{max_retries: most}}, peer, working?) do
-    cond do
-      Peer.of_use?(peer) -> 0
-      working? -> min(failures + 1, most)
-      true -> failures + 1
-    end
+  # It did start, so the bridge is not `:failed`, whatever killed it.
+  defp failures(%{failures: failures, options: %{max_retries: most}}, peer) do
+    if Peer.uptime_ms(peer) >= @lasting_ms, do: 0, else: min(failures + 1, most)
   end
 
   defp lost_next(%{next: next} = state, why, reason),

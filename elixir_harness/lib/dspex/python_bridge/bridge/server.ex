@@ -63,15 +63,12 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   def init(%Options{} = options) do
     Process.flag(:trap_exit, true)
     Process.flag(:min_heap_size, @heap_words)
-    programs = options.store || declared(options)
 
-    entry = %{
-      name: State.name(options),
-      default_timeout: options.default_timeout,
-      max_retries: options.max_retries,
-      programs: programs
-    }
-
+    # Else a node that hangs, and does not take the replies to its calls, would suspend this process.
+    Process.flag(:async_dist, true)
+    name = State.name(options)
+    programs = options.store || declared(options, name)
+    entry = %{name: name, programs: programs, default_timeout: options.default_timeout}
     Registry.put(:bridge, self(), entry)
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)
@@ -82,10 +79,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
     state = %State{
       options: options,
-      label: inspect(State.name(options)),
       reaper: Reaper.start(self()),
-      log_forwarder: LogForwarder.start(State.name(options)),
-      programs: programs,
+      log_forwarder: LogForwarder.start(name),
       to_load: Programs.Store.declared_ids(programs),
       in_flight: in_flight
     }
@@ -93,10 +88,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     {:ok, state, {:continue, :open}}
   end
 
-  defp declared(options) do
-    whose = {:bridge, State.name(options)}
-    Programs.Declared.store(options.programs.(), whose, options.max_frame_bytes)
-  end
+  defp declared(options, name),
+    do: Programs.Declared.store(options.programs.(), {:bridge, name}, options.max_frame_bytes)
 
   @impl GenServer
   def handle_continue(:open, state), do: {:noreply, PeerLifecycle.open(state)}
@@ -195,18 +188,15 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   # A death shows as an exit status, as an exit of the port (:epipe, when something was still to be written), or
   # both, in either order. The first removes the peer; the second matches no peer's port any longer.
   def handle_info({port, {:exit_status, code}}, state) when is_transport(port),
-    do: {:noreply, lost(state, port, "exit status #{code}")}
+    do: {:noreply, PeerLifecycle.lost(state, port, "exit status #{code}")}
 
-  def handle_info({:EXIT, port, reason}, state) when is_port(port),
-    do: {:noreply, lost(state, port, "its port closed: #{inspect(reason)}")}
+  # A process is the one in the place of a port, or has linked itself to the bridge. (The parent's exit never gets here.)
+  def handle_info({:EXIT, port_or_process, _reason}, state),
+    do: {:noreply, PeerLifecycle.lost(state, port_or_process, "its port closed")}
 
   # A child of the peer holds its output open, so the port does not report its end.
   def handle_info({:peer_gone, os_pid}, state),
-    do: {:noreply, lost(state, os_pid, "it is gone")}
-
-  # The process in the place of a port, or one that has linked itself to the bridge. (The parent's exit never gets here.)
-  def handle_info({:EXIT, pid, _reason}, state) when is_pid(pid),
-    do: {:noreply, lost(state, pid, "its process ended")}
+    do: {:noreply, PeerLifecycle.lost(state, os_pid, "it is gone")}
 
   def handle_info(_stray, state), do: {:noreply, state}
 
@@ -308,10 +298,10 @@ defmodule DSPex.PythonBridge.Bridge.Server do
   defp reply_came(state, port, id, frame) do
     case Calls.deliver(state.in_flight, port, id, frame) do
       {:ok, in_flight} ->
-        call_answered(%{state | in_flight: in_flight}, port)
+        PeerLifecycle.drained(%{state | in_flight: in_flight}, port)
 
       :nobody ->
-        case PeerLifecycle.own_reply(state, id, frame) do
+        case PeerLifecycle.own_reply(state, port, id, frame) do
           {:ok, state} -> state
           # Too late, a second one, or never asked for.
           :nobody -> %{state | late_replies: state.late_replies + 1}
@@ -339,14 +329,6 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     %{state | log_forwarder: log_forwarder}
   end
 
-  # The usual case first: there is one peer, and it has answered before.
-  defp call_answered(%{peer: %{port: port, answered?: true}, next: nil} = state, port), do: state
-
-  defp call_answered(%{peer: %{port: port} = peer} = state, port),
-    do: %{state | peer: %{peer | answered?: true}}
-
-  defp call_answered(state, port), do: PeerLifecycle.drained(state, port)
-
   # The first is logged, the rest counted: a peer may send many.
   defp unreadable_frame(state) do
     if state.unreadable_frames == 0 do
@@ -358,18 +340,4 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
     %{state | unreadable_frames: state.unreadable_frames + 1}
   end
-
-  # While the bridge ends, no peer follows.
-  defp lost(%{status: :stopping} = state, which, _why) do
-    case Enum.find(State.peers(state), &(which in [&1.port, &1.os_pid])) do
-      nil ->
-        state
-
-      peer ->
-        in_flight = Dispatcher.lost(state.in_flight, peer.port, :died)
-        %{state | in_flight: InFlight.fail_all(in_flight, :python_process_died, :held)}
-    end
-  end
-
-  defp lost(state, which, why), do: PeerLifecycle.lost(state, which, why)
 end

@@ -12,7 +12,8 @@ defmodule DSPex.PythonBridge.Bridge.StartDiagnosis do
 
   @limit_ms 5_000
   @max_chars 500
-  @script ~s(exec "$0" "$@" 2>&1 >/dev/null)
+  # Log frames would be lost. A value that the peer refuses stays, to be refused again.
+  @script ~s([ "$DSPY_BRIDGE_LOG_FRAMES" != 1 ] || export DSPY_BRIDGE_LOG_FRAMES=0; exec "$0" "$@" 2>&1 >/dev/null)
 
   @doc """
   The line, without secrets; nil if there is none. It takes at most 5 s, and less if the process `owner` ends.
@@ -21,12 +22,9 @@ defmodule DSPex.PythonBridge.Bridge.StartDiagnosis do
   def last_line(%Options{transport: start}, _owner) when start != nil, do: nil
 
   def last_line(%Options{} = options, owner) do
-    # Log frames would be lost.
-    env = options |> Options.log_to_stderr() |> Options.port_env()
-
     with {:ok, python} <- Interpreter.find(options.python_executable),
          args = ["-c", @script, python, "-u", options.script_path],
-         opts = [env: env, limit_ms: @limit_ms, owner: owner],
+         opts = [env: Options.port_env(options), limit_ms: @limit_ms, owner: owner],
          {:exit, _status, output} <- OS.Command.run("/bin/sh", args, opts) do
       # Redacted before it is cut: part of a secret is not recognised.
       output |> Redaction.redact(options) |> OS.Command.last_line(@max_chars)

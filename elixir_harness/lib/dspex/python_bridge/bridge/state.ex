@@ -13,7 +13,7 @@ defmodule DSPex.PythonBridge.Bridge.State do
   alias DSPex.PythonBridge.Bridge.{DeclaredPrograms, LogForwarder, Peer}
   alias DSPex.PythonBridge.Calls.InFlight
 
-  @enforce_keys [:options, :label, :reaper, :log_forwarder, :programs, :to_load, :in_flight]
+  @enforce_keys [:options, :reaper, :log_forwarder, :to_load, :in_flight]
   defstruct @enforce_keys ++
               [:peer, :next, :timer, :last_error, :loading] ++
               [status: :starting, old: [], opened: 0, failures: 0] ++
@@ -22,10 +22,8 @@ defmodule DSPex.PythonBridge.Bridge.State do
 
   @type t :: %__MODULE__{
           options: Options.t(),
-          label: String.t(),
           reaper: pid(),
           log_forwarder: LogForwarder.t(),
-          programs: Programs.Store.table(),
           in_flight: InFlight.t(),
           peer: Peer.t() | nil,
           next: Peer.t() | nil,

@@ -31,7 +31,7 @@ defmodule DSPex.PythonBridge.Bridge.Status do
       late_replies: state.late_replies,
       unreadable_frames: state.unreadable_frames,
       last_error: state.last_error,
-      programs: %{failed: failed(state.programs, state.failed)}
+      programs: %{failed: failed(state.in_flight.programs, state.failed)}
     }
   end
 
@@ -54,8 +54,9 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   @spec log(State.t(), Peer.t() | nil, Logger.level(), String.t()) :: :ok
   def log(state, peer, level, text) do
     os_pid = peer && peer.os_pid
-    text = "bridge #{state.label}, Python process #{os_pid || "none"}: #{text}"
-    Logger.log(level, text, bridge: State.name(state.options), os_pid: os_pid)
+    bridge = State.name(state.options)
+    text = "bridge #{inspect(bridge)}, Python process #{os_pid || "none"}: #{text}"
+    Logger.log(level, text, bridge: bridge, os_pid: os_pid)
   end
 
   @doc "Emits the event of a peer that has answered its first ping."
@@ -75,7 +76,7 @@ defmodule DSPex.PythonBridge.Bridge.Status do
       os_pid: peer && peer.os_pid,
       reason: reason,
       detail: detail,
-      was_up: peer != nil and peer.up_at != nil
+      was_up: peer != nil and peer.up?
     }
 
     Telemetry.execute([:bridge, :peer, :down], %{uptime: uptime(peer)}, metadata)
@@ -94,6 +95,6 @@ defmodule DSPex.PythonBridge.Bridge.Status do
   defp uptime(peer), do: System.convert_time_unit(Peer.uptime_ms(peer), :millisecond, :native)
 
   defp what_happened(nil), do: "not started"
-  defp what_happened(%Peer{up_at: nil}), do: "died before it was up"
+  defp what_happened(%Peer{up?: false}), do: "died before it was up"
   defp what_happened(_peer), do: "died"
 end

@@ -87,7 +87,11 @@ defmodule DSPex.PythonBridge.Calls do
         {_request, in_flight} = InFlight.take_out(in_flight, id)
         if request.change, do: note_change(in_flight, request.change, request.body, frame)
         InFlight.answer(request, {:frame, frame})
-        {:ok, Dispatcher.answered(in_flight, request)}
+
+        # It may be at another peer by now, which need not go on.
+        if request.at == port,
+          do: {:ok, Dispatcher.answered(in_flight, request)},
+          else: {:ok, Dispatcher.withdraw(in_flight, id, request)}
     end
   end
 
@@ -122,11 +126,9 @@ defmodule DSPex.PythonBridge.Calls do
        do: in_flight
 
   defp note_chunk(in_flight, id, request, frame) do
-    cond do
-      not Protocol.repeatable?(frame) -> stays(in_flight, id, request, :never)
-      request.told? -> in_flight
-      true -> InFlight.put(in_flight, id, %{request | told?: true})
-    end
+    if Protocol.repeatable?(frame),
+      do: in_flight,
+      else: stays(in_flight, id, request, :never)
   end
 
   # It is not resent, so only a change of the programs needs the body.

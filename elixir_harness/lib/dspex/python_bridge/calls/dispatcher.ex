@@ -29,15 +29,12 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   cancelled in the peer.
   """
   @spec withdraw(InFlight.t(), pos_integer(), Request.t()) :: InFlight.t()
-  def withdraw(in_flight, id, %Request{at: nil} = request),
-    do: InFlight.release(in_flight, id, request)
+  def withdraw(in_flight, _id, %Request{at: nil}), do: in_flight
 
   def withdraw(%InFlight{send_queues: queues} = in_flight, id, %Request{at: port} = request) do
-    queue = Map.fetch!(queues, port)
-
     in_flight =
-      if SendQueue.member?(queue, id),
-        do: %{in_flight | send_queues: %{queues | port => SendQueue.drop(queue, id)}},
+      if queue = SendQueue.drop(Map.fetch!(queues, port), id),
+        do: not_given(%{in_flight | send_queues: %{queues | port => queue}}, request.change),
         else: in_flight |> control(port, Protocol.cancel_frame(id)) |> keep_change(id, request)
 
     answered(in_flight, request)
@@ -169,6 +166,16 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp given(%InFlight{given: given} = in_flight, {:cleanup, ids, _stamp}),
     do: %{in_flight | given: Map.drop(given, ids)}
 
+  # The peer keeps these programs, and has to hear of later removals. What it is sent a second time does no harm.
+  defp not_given(%InFlight{programs: programs, given: given} = in_flight, {:cleanup, _, _}) do
+    kept =
+      for {id, stamp, _body} <- Programs.Store.definitions(programs), into: %{}, do: {id, stamp}
+
+    %{in_flight | given: Map.merge(given, kept)}
+  end
+
+  defp not_given(in_flight, _change), do: in_flight
+
   ## A peer starts
 
   @doc "Adds a peer that was started. Until `serve/2` only `own_request/3` sends to it."
@@ -195,19 +202,15 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp ask_for_dspy(in_flight, port) do
     {:ok, body} = Protocol.encode_body(:list_programs, %{program_ids: [], state: true})
     {id, in_flight} = own_request(in_flight, port, body)
-    # Peers that finish their calls may answer, too.
-    %{in_flight | asked: [id | Enum.take(in_flight.asked, map_size(in_flight.send_queues))]}
+    %{in_flight | asked: Map.put(in_flight.asked, port, id)}
   end
 
-  @doc "To be called with the reply to one of the requests `asked`: that peer has imported DSPy."
-  @spec warm(InFlight.t(), pos_integer()) :: InFlight.t()
-  def warm(%InFlight{asked: [id | before], suspects: suspects} = in_flight, id) do
-    in_flight = %{in_flight | asked: before, suspects: Suspects.warm(suspects)}
-    tap(in_flight, &InFlight.show_load/1)
-  end
+  @doc "To be called with a peer's reply to the request `asked`: it has imported DSPy."
+  @spec warm(InFlight.t(), SendQueue.transport()) :: InFlight.t()
+  def warm(%InFlight{to: port, suspects: suspects} = in_flight, port),
+    do: tap(%{in_flight | suspects: Suspects.warm(suspects)}, &InFlight.show_load/1)
 
-  # A peer that no longer serves.
-  def warm(%InFlight{} = in_flight, _id), do: in_flight
+  def warm(in_flight, _old), do: in_flight
 
   # The peer loads a program with the first run that needs it.
   defp give_programs(%InFlight{send_queues: queues} = in_flight, port) do
@@ -254,7 +257,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
     # Suspects are tried with the peer that serves.
     serves? = in_flight.to == port
     suspects = if serves?, do: in_flight.suspects, else: %Suspects{}
-    in_flight = %{in_flight | send_queues: queues}
+    in_flight = %{in_flight | send_queues: queues, asked: Map.delete(in_flight.asked, port)}
     in_flight = if serves?, do: none_serves(in_flight, how), else: in_flight
 
     in_flight =
@@ -296,7 +299,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   defp lost_call(in_flight, id, request, how) do
     InFlight.restarted(request)
     resent = if how == :unsent, do: in_flight.resent, else: in_flight.resent + 1
-    hold(%{in_flight | resent: resent}, id, %{counted(request, how) | told?: false})
+    hold(%{in_flight | resent: resent}, id, counted(request, how))
   end
 
   defp counted(request, how) when how in [:died, :in_group],

@@ -12,15 +12,15 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
 
   @enforce_keys [:max_retries, :programs, :observer]
   defstruct [:max_retries, :programs, :observer, :to, :ids] ++
-              [calls: %{}, held: :gb_sets.empty(), send_queues: %{}, given: %{}] ++
-              [suspects: %Suspects{}, asked: [], silent?: false, resent: 0, next_id: 1]
+              [asked: %{}, calls: %{}, held: :gb_sets.empty(), send_queues: %{}, given: %{}] ++
+              [suspects: %Suspects{}, silent?: false, resent: 0, next_id: 1]
 
   @typedoc """
   `to`: the port of the peer that serves. `ids`: those of the calls by their callers' references, only for callers whose
   time is over: it is made when one of many calls is abandoned, and kept until all are answered. (Kept for each call, it
   costs 7 % more CPU with 256 at once.) `held`: the ids of the calls that no peer has, but for suspects that
-  wait. `given`: the stamps of the definitions that the peer was sent last, by the programs' ids. `asked`: the ids of the requests that
-  cold peers answer when they have imported DSPy, the last first. `observer`: a module whose `notify/2` is called with the term and each
+  wait. `given`: the stamps of the definitions that the peer was sent last, by the programs' ids. `asked`: the id of the request that
+  a cold peer answers when it has imported DSPy, by its port. `observer`: a module whose `notify/2` is called with the term and each
   `t:event/0`. `silent?`: with an observer, whether the peer has sent nothing since a call to it was given up. `resent`:
   how many times a call was resent, or will be.
   """
@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
           calls: %{pos_integer() => Request.t()},
           held: :gb_sets.set(pos_integer()),
           suspects: Suspects.t(),
-          asked: [pos_integer()],
+          asked: %{SendQueue.transport() => pos_integer()},
           send_queues: %{SendQueue.transport() => SendQueue.t()},
           given: %{Programs.Store.id() => Programs.Store.stamp()},
           silent?: boolean(),
@@ -136,24 +136,23 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
   defp unwatch({:timer, ref}), do: :erlang.cancel_timer(ref, async: true, info: false)
   defp unwatch(nil), do: true
 
+  # A call that is held may end, too, by the reply of a peer that was replaced.
+  defp forget(%__MODULE__{held: held} = state, id, %Request{at: nil, deaths: 0}),
+    do: %{state | held: :gb_sets.delete_any(id, held)}
+
   defp forget(state, _id, %Request{deaths: 0}), do: state
 
-  defp forget(%__MODULE__{suspects: suspects} = state, id, request),
-    do: %{state | suspects: Suspects.drop(suspects, id, request)}
-
-  @doc "Removes a call from the held ones, if it is one of them."
-  @spec release(t(), pos_integer(), Request.t()) :: t()
-  def release(%__MODULE__{} = state, id, %Request{at: nil}),
-    do: %{state | held: :gb_sets.delete_any(id, state.held)}
-
-  def release(state, _id, _request), do: state
+  defp forget(%__MODULE__{suspects: suspects, held: held} = state, id, request) do
+    suspects = Suspects.drop(suspects, id, request)
+    %{state | suspects: suspects, held: :gb_sets.delete_any(id, held)}
+  end
 
   @doc "Fails a call, held or not."
   @spec fail(t(), pos_integer(), Request.failure()) :: t()
   def fail(%__MODULE__{} = state, id, failure) do
     {request, state} = take_out(state, id)
     answer(request, {:error, failure})
-    release(state, id, request)
+    state
   end
 
   @doc "Fails all calls, or only those that no peer has."
@@ -181,9 +180,9 @@ defmodule DSPex.PythonBridge.Calls.InFlight do
     :ok
   end
 
-  @doc "Tells the caller of a call that is resent, if it has been sent something."
+  @doc "Tells a caller that takes chunks that its call is resent."
   @spec restarted(Request.t()) :: :ok
-  def restarted(%Request{told?: false}), do: :ok
+  def restarted(%Request{stream?: false}), do: :ok
 
   def restarted(%Request{ref: ref}) do
     send(ref, {ref, :chunk, Protocol.restarted_chunk()})

@@ -15,7 +15,6 @@ defmodule DSPex.PythonBridge.Calls.Request do
   #     and whose caller waits no longer
   #   * `deadline`: `timeout` in the bridge's time
   #   * `at`: the port of the peer that has it, or nil
-  #   * `told?`: whether the caller has been sent a status or an item, which may come again
 
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Store
@@ -23,7 +22,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
   @enforce_keys [:body]
   defstruct [:ref, :pid, :body, :change, :watch, :deadline, :at] ++
               [timeout: :infinity, resend: :bridge, deaths: 0, spared: 0] ++
-              [stream?: false, tools?: false, told?: false]
+              [stream?: false, tools?: false]
 
   @type t :: %__MODULE__{
           ref: reference() | nil,
@@ -38,8 +37,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
           tools?: boolean(),
           watch: {:monitor, reference()} | {:timer, reference()} | nil,
           deadline: Deadline.t() | nil,
-          at: port() | pid() | nil,
-          told?: boolean()
+          at: port() | pid() | nil
         }
   @typedoc "What the caller gets: `{ref, reply}`."
   @type reply ::

@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   # frames by their ids.
 
   alias DSPex.PythonBridge.Protocol
-  alias DSPex.PythonBridge.OTP.{Deadline, ServerGuard}
+  alias DSPex.PythonBridge.OTP.Deadline
 
   # A process that takes the place of a port takes the messages of one, and always has room.
   @typedoc "The port of a peer, or the process in its place."
@@ -85,16 +85,11 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   def push_control(%__MODULE__{} = send_queue, key, frame),
     do: push(send_queue, key, {:control, frame}, Deadline.now())
 
-  @doc "Whether the request of an id, or the control frame of a key, still waits to be written."
-  @spec member?(t(), pos_integer()) :: boolean()
-  def member?(%__MODULE__{queue: queue}, id),
-    do: :gb_trees.is_defined(id, queue) or :gb_trees.is_defined(id - @ping_offset, queue)
-
-  @doc "Takes a request back that still waits to be written."
-  @spec drop(t(), pos_integer()) :: t()
-  def drop(%__MODULE__{} = send_queue, id) do
-    queue = :gb_trees.delete_any(id, send_queue.queue)
-    %{send_queue | queue: :gb_trees.delete_any(id - @ping_offset, queue)}
+  @doc "Takes a request back that still waits to be written; nil if it does not."
+  @spec drop(t(), pos_integer()) :: t() | nil
+  def drop(%__MODULE__{queue: queue} = send_queue, id) do
+    key = Enum.find([id, id - @ping_offset], &:gb_trees.is_defined(&1, queue))
+    key && %{send_queue | queue: :gb_trees.delete(key, queue)}
   end
 
   @doc "To be called with each `:DOWN` of a process: after the writer's, the next frames are sent."
@@ -152,9 +147,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   end
 
   # Writing needs no ownership of the port.
-  defp start_writer(port, frame) do
-    spawn_monitor(fn -> ServerGuard.run(fn -> write_waiting(port, frame) end) end)
-  end
+  defp start_writer(port, frame), do: spawn_monitor(fn -> write_waiting(port, frame) end)
 
   defp write_waiting(port, frame) do
     Port.command(port, frame)

@@ -105,9 +105,12 @@ defmodule DSPex.PythonBridge.Client.Caller do
   @spec send_and_wait(dest(), timeout(), Request.t()) :: Request.reply()
   def send_and_wait(dest, timeout, request) do
     message = fn ref -> {:request, %{request | ref: ref, pid: self(), timeout: timeout}} end
-    ask = fn -> Ask.ask(dest, timeout, message) end
+    ask = fn -> ask(dest, timeout, message) end
+    if is_pid(dest) and node(dest) == node(), do: ask.(), else: unsuspended(ask)
+  end
 
-    case if(is_pid(dest) and node(dest) == node(), do: ask.(), else: unsuspended(ask)) do
+  defp ask(dest, timeout, message) do
+    case Ask.ask(dest, timeout, message) do
       {:ok, reply} ->
         reply
 

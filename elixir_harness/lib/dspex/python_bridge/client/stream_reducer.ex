@@ -140,7 +140,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
       {:over, reply, false} ->
         case state.conclude.(reply, state.chunks) do
-          {:again, open} -> again(%{state | again: open}, acc, fun)
+          {:again, open} -> give(%{state | again: open}, %{"status" => "restarted"}, acc, fun)
           result -> over(state, result, acc, fun)
         end
     end
@@ -153,11 +153,6 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     CallSpan.over(state.span, :cancelled)
     {:halted, acc}
   end
-
-  defp again(%{told?: true} = state, acc, fun),
-    do: give(state, %{"status" => "restarted"}, acc, fun)
-
-  defp again(state, acc, fun), do: go_on(state, {:cont, acc}, fun)
 
   defp over(state, result, acc, fun) do
     if state.proxy, do: StreamProxy.stop(state.proxy)
@@ -185,6 +180,10 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
         go_on(state, {:cont, acc}, fun)
     end
   end
+
+  # The caller has been given nothing.
+  defp give(%{told?: false} = state, %{"status" => "restarted"}, acc, fun),
+    do: go_on(state, {:cont, acc}, fun)
 
   # The items of earlier peers have been given.
   defp give(state, %{"status" => "restarted"} = chunk, acc, fun),

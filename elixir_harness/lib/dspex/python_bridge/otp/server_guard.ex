@@ -9,9 +9,6 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
 
   require Logger
 
-  @typedoc "In the runtime's form, so that it is logged as usual."
-  @type reason :: {kind :: term(), Exception.stacktrace()}
-
   @doc "Calls a function; if it raises, exits or throws, the calling process ends with one line in the log."
   @spec run((-> result)) :: result when result: term()
   def run(function) do
@@ -44,16 +41,8 @@ defmodule DSPex.PythonBridge.OTP.ServerGuard do
     end)
   end
 
-  @doc """
-  The reason of an exception, throw or exit, without contents.
-
-      iex> DSPex.PythonBridge.OTP.ServerGuard.strip({:badmatch, "secret"}, [{Mod, :fun, ["secret"], [line: 7]}])
-      {{:badmatch, :redacted}, [{Mod, :fun, 1, [line: 7]}]}
-      iex> DSPex.PythonBridge.OTP.ServerGuard.strip(%RuntimeError{message: "secret"}, [])
-      {RuntimeError, []}
-  """
-  @spec strip(term(), Exception.stacktrace()) :: reason()
-  def strip(reason, stacktrace), do: {kind(reason), stacktrace(stacktrace)}
+  # In the runtime's form, so that it is logged as usual.
+  defp strip(reason, stacktrace), do: {kind(reason), stacktrace(stacktrace)}
 
   @doc "A stack trace without the arguments of calls."
   @spec stacktrace(Exception.stacktrace()) :: Exception.stacktrace()

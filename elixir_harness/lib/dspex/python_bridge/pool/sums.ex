@@ -5,8 +5,8 @@ defmodule DSPex.PythonBridge.Pool.Sums do
 
   alias DSPex.PythonBridge.{Error, Programs, Protocol}
   alias DSPex.PythonBridge.Client.Caller
-  alias DSPex.PythonBridge.OTP.{Deadline, Parallel}
-  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.OTP.Deadline
+  alias DSPex.PythonBridge.Pool.{Handle, Parallel}
 
   # A peer answers in milliseconds, unless it hangs, or is being started.
   @patience_ms 2_000

@@ -25,17 +25,27 @@ defmodule DSPex.PythonBridge.Programs.Declared do
       iex> Declared.new([[id: :qa, signature: "question -> answer"]])
       {:ok, [{"qa", %{"id" => :qa, "signature" => "question -> answer"}}]}
       iex> Declared.new([%{id: "qa"}, %{id: :qa}])
-      {:error, "qa is declared twice, by entry 1 and by entry 2"}
+      {:error, "entry 2: qa is declared twice"}
   """
   @spec new(term()) :: {:ok, [t()]} | {:error, String.t()}
-  def new([{key, _value} | _rest]) when is_atom(key),
-    do: {:error, "expected a list of programs, got one: put it into a list"}
-
-  def new(list) when is_list(list) do
-    if List.improper?(list), do: not_a_list(), else: all(list)
+  def new(list) do
+    if is_list(list) and not List.improper?(list),
+      do: all(Enum.with_index(list, 1), []),
+      else: {:error, "expected a list of maps, keyword lists and modules"}
   end
 
-  def new(_other), do: not_a_list()
+  defp all([], declared), do: {:ok, Enum.reverse(declared)}
+
+  defp all([{entry, n} | rest], declared) do
+    with {:ok, {id, _args} = program} <- one(entry),
+         false <- List.keymember?(declared, id, 0) && {:error, "#{shown(id)} is declared twice"} do
+      all(rest, [program | declared])
+    else
+      {:error, text} ->
+        name = if is_atom(entry), do: " (#{inspect(entry)})"
+        {:error, "entry #{n}#{name}: #{text}"}
+    end
+  end
 
   @doc """
   One declaration, or the text that refuses it.
@@ -56,34 +66,6 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   end
 
   def one(entry), do: arguments(entry)
-
-  defp not_a_list,
-    do: {:error, "expected a list of maps, keyword lists and modules"}
-
-  # In their order, and the places of their ids.
-  defp all(list) do
-    list
-    |> Enum.with_index(1)
-    |> Enum.reduce_while({[], %{}}, fn {entry, n}, {declared, places} ->
-      place = if is_atom(entry), do: "entry #{n} (#{inspect(entry)})", else: "entry #{n}"
-
-      case one(entry) do
-        {:ok, {id, _args}} when is_map_key(places, id) ->
-          text = "#{shown(id)} is declared twice, by #{places[id]} and by #{place}"
-          {:halt, {:error, text}}
-
-        {:ok, {id, _args} = program} ->
-          {:cont, {[program | declared], Map.put(places, id, place)}}
-
-        {:error, text} ->
-          {:halt, {:error, "#{place}: #{text}"}}
-      end
-    end)
-    |> case do
-      {:error, text} -> {:error, text}
-      {declared, _places} -> {:ok, Enum.reverse(declared)}
-    end
-  end
 
   ## One entry
 
@@ -140,7 +122,7 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   end
 
   defp body(id, args, max) do
-    case encode(args) do
+    case Protocol.encode_body(:create_program, args) do
       {:ok, body} when byte_size(body) + @head_bytes <= max and is_map_key(args, "signature") ->
         {:ok, body}
 
@@ -162,15 +144,4 @@ defmodule DSPex.PythonBridge.Programs.Declared do
   @spec not_loaded(Store.id(), Error.t()) :: Error.t()
   def not_loaded(id, %Error{} = error),
     do: %{error | message: "program #{shown(id)} could not be loaded: #{error.message}"}
-
-  @doc """
-  The body of the request that creates a program. The error says where a value has no JSON form.
-
-      iex> alias DSPex.PythonBridge.Programs.Declared
-      iex> {:error, error} = Declared.encode(%{"id" => "qa", "lm" => %{api_key: {:system, "sk-…"}}})
-      iex> error.message
-      "args.lm.api_key: a tuple has no JSON form; a keyword list has to be written as a map"
-  """
-  @spec encode(%{String.t() => term()}) :: {:ok, binary()} | {:error, Error.t()}
-  def encode(args), do: Protocol.encode_body(:create_program, args)
 end

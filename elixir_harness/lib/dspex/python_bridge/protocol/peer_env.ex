@@ -49,12 +49,6 @@ defmodule DSPex.PythonBridge.Protocol.PeerEnv do
 
   def lm(model), do: {model, %{}}
 
-  @doc "The same environment for a peer that logs to its standard error."
-  @spec log_to_stderr(t()) :: t()
-  # A value that the peer refuses stays, to be refused again.
-  def log_to_stderr(%{@log_frames => "1"} = env), do: %{env | @log_frames => "0"}
-  def log_to_stderr(env), do: env
-
   @doc "How long a peer may finish its calls. A value that the peer does not accept is the peer's to refuse."
   @spec drain_ms(t()) :: non_neg_integer()
   def drain_ms(env) do

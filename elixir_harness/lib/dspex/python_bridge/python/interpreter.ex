@@ -52,12 +52,7 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     end
   end
 
-  @doc """
-  The setting that decided, as text.
-
-      iex> DSPex.PythonBridge.Python.Interpreter.describe(:path)
-      "the first python3 on the PATH"
-  """
+  @doc "The setting that decided, as text."
   @spec describe(source()) :: String.t()
   def describe(:option), do: "the option :python_executable"
   def describe(:virtual_env), do: "virtual_env in config :dspex, :python_environment"
@@ -83,21 +78,16 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
   defp file(name, whose) do
     path = Path.expand(name)
 
-    case File.stat(path) do
-      {:ok, %{type: :regular}} ->
-        {:ok, path}
-
-      {:error, :eacces} ->
-        {:error, "no Python found: #{whose} names #{path}, which this user may not reach"}
-
-      _no_file ->
-        {:error, "no Python found: #{whose} names #{path}, which is not a file"}
-    end
+    if File.regular?(path),
+      do: {:ok, path},
+      else: {:error, "no Python found: #{whose} names #{path}, which is not a file"}
   end
 
+  # Links are not resolved: a venv's python is a link, and finds its venv by the path of the link.
   @doc "The interpreter in the folder of a virtual environment; nil if there is none."
   @spec in_venv(Path.t()) :: Path.t() | nil
-  def in_venv(folder), do: Enum.find_value(@in_venv, &existing(Path.join(folder, &1)))
+  def in_venv(folder),
+    do: @in_venv |> Enum.map(&Path.join(folder, &1)) |> Enum.find(&File.regular?/1)
 
   @doc "The folder of the packages of an environment."
   @spec site_packages(Path.t()) :: Path.t()
@@ -133,47 +123,24 @@ defmodule DSPex.PythonBridge.Python.Interpreter do
     # dspex.setup does not read that variable.
     path = if whose == "DSPY_VENV", do: " --path #{folder}", else: ""
     setup = "`mix dspex.setup#{path}` makes it"
+    python = Path.join(folder, "bin/python")
+    target = end_of_links(python)
+    link = if target != python, do: "whose bin/python is a link to #{target}, "
 
-    case lack(folder) do
-      {:gone, target} ->
-        "whose bin/python is a link to #{target}, which is gone (remove it, and #{setup} anew)"
-
-      {:out_of_reach, ^folder} ->
-        "which this user may not reach (it needs the permission x of that folder, its bin, and those above)"
-
-      {:out_of_reach, target} ->
-        "whose bin/python is a link to #{target}, which this user may not reach " <>
-          "(make it of a Python that this user may run, such as the system's)"
-
-      :none ->
-        "which has no bin/python (#{setup})"
+    case File.stat(target) do
+      {:error, :eacces} -> "#{link}which this user may not reach"
+      {:error, _gone} when link != nil -> "#{link}which is gone (remove it, and #{setup} anew)"
+      _no_program -> "which has no bin/python (#{setup})"
     end
   end
 
-  # Why there is no interpreter in the folder of a virtual environment.
-  defp lack(folder) do
-    if File.stat(folder) == {:error, :eacces},
-      do: {:out_of_reach, folder},
-      else: @in_venv |> Enum.map(&ending(Path.join(folder, &1))) |> Enum.find(:none, &is_tuple/1)
-  end
-
-  # At the end of links, as far as they can be followed.
-  defp ending(path) do
-    case {File.stat(path), File.read_link(path)} do
-      {{:error, reason}, {:ok, target}} when reason in [:enoent, :eacces] ->
-        target = Path.expand(target, Path.dirname(path))
-        with :none <- ending(target), do: {lack_of(reason), target}
-
-      _no_link ->
-        :none
+  # They may go in a circle.
+  defp end_of_links(path, left \\ 40) do
+    case left > 0 && File.read_link(path) do
+      {:ok, target} -> end_of_links(Path.expand(target, Path.dirname(path)), left - 1)
+      _no_link -> path
     end
   end
-
-  defp lack_of(:enoent), do: :gone
-  defp lack_of(:eacces), do: :out_of_reach
-
-  # Links are not resolved: a venv's python is a link, and finds its venv by the path of the link.
-  defp existing(path), do: if(File.regular?(path), do: path)
 
   # An empty variable counts as unset.
   defp env(name), do: with("" <- System.get_env(name, ""), do: nil)

@@ -40,7 +40,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert %{restarts: 1, pending: 0, late_replies: 0} = Bridge.get_status(bridge)
     end
 
-    test "one that kills each time is sent 1 + max_retries times; its neighbours lose nothing", %{
+    test "one that kills each time fails; its neighbours lose nothing", %{
       tmp_dir: dir
     } do
       bridge = start(host_opts(dir))
@@ -57,7 +57,8 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       results = Task.await_many(tasks, 60_000)
       assert {{:error, :python_process_died}, good} = List.pop_at(results, 10)
       assert good == for(n <- 1..21, n != 11, do: {:ok, %{"answer" => "#{n}"}})
-      assert noted(dir, "deadly") == 4
+      # Twice with all others, then in a group that gets smaller, and at last alone.
+      assert noted(dir, "deadly") in 4..8
       eventually(fn -> match?(%{pending: 0, state: :running}, Bridge.get_status(bridge)) end)
     end
   end
@@ -115,9 +116,9 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
       assert {:ok, _} = Bridge.call(bridge, :create_program, args, 10_000)
       # This peer answers everything.
       kill_peer(bridge)
-
-      assert {:ok, %{"seen" => ["ping", "create_program", "list_programs", "look"]}} =
-               Bridge.call(bridge, :look)
+      assert {:ok, %{"seen" => seen}} = Bridge.call(bridge, :look)
+      # The list is the bridge's own: see `DSPex.PythonBridge.Calls.Suspects`.
+      assert seen == ["ping", "create_program", "list_programs", "look"]
     end
   end
 

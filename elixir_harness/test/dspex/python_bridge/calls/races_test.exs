@@ -5,7 +5,10 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.{Bridge, Calls, Protocol}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
+  alias DSPex.PythonBridge.Programs.Store
+  alias DSPex.Test.FakePeer
 
   @moduletag :tmp_dir
 
@@ -54,4 +57,40 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
     assert {:ok, _} = Task.await(again)
     assert Task.await(stop, 10_000) == :ok
   end
+
+  test "a peer is replaced whose reply is on its way: the caller gets it, and the bridge goes on" do
+    spec = Supervisor.child_spec({Bridge, FakePeer.opts(:silent)}, restart: :temporary)
+    bridge = start_supervised!(spec)
+    call = async(bridge, :echo, %{})
+    pending(bridge, 1)
+    peer = FakePeer.of(bridge)
+    :sys.suspend(bridge)
+    Bridge.Server.replace(bridge)
+    # The bridge's own ping was 1.
+    send(bridge, {peer, {:data, ~s({"id":2,"success":true,"result":{}})}})
+    :sys.resume(bridge)
+    assert Task.await(call) == {:ok, %{}}
+    eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
+    assert FakePeer.of(bridge) not in [nil, peer]
+  end
+
+  test "a cleanup is given up before it is written: the peer still hears of later ones" do
+    table = Store.new()
+    Store.put(table, "p", Store.stamp(), ~s(,"command":"create_program","args":{"id":"p"}}))
+    port = Port.open({:spawn, "true"}, [:binary])
+    Port.close(port)
+    options = %{max_retries: 3, observer: nil}
+    serving = InFlight.new(options, table) |> Dispatcher.attach(port) |> Dispatcher.serve(port)
+    {:ok, body} = Protocol.encode_body(:cleanup, %{})
+    ref = make_ref()
+    change = {:cleanup, :all, nil}
+    request = %Request{ref: ref, pid: self(), timeout: 1_000, body: body, change: change}
+    in_flight = serving |> Calls.accept(request) |> Calls.abandon(ref)
+
+    Store.remove(table, :all, Store.stamp())
+    before = queued(in_flight, port)
+    assert queued(Dispatcher.follow(in_flight, :all), port) == before + 1
+  end
+
+  defp queued(in_flight, port), do: :gb_trees.size(in_flight.send_queues[port].queue)
 end

@@ -40,9 +40,9 @@ defmodule DSPex.PythonBridge.Calls.SendQueueTest do
       |> SendQueue.push_control(3, "{}")
       |> SendQueue.push_request(1, :infinity, @body)
 
-    assert Enum.all?([1, 2, 3], &SendQueue.member?(send_queue, &1))
+    assert Enum.all?([1, 2, 3], &SendQueue.drop(send_queue, &1))
     assert {[1, 2], rest} = SendQueue.take_back(send_queue)
-    assert SendQueue.member?(rest, 3) and not SendQueue.member?(rest, 1)
+    assert SendQueue.drop(rest, 3) != nil and SendQueue.drop(rest, 1) == nil
     assert SendQueue.close(SendQueue.drop(send_queue, 1)) == [2]
   end
 end

@@ -7,7 +7,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Optimize}
-  alias DSPex.Test.Nodes
+  alias DSPex.Test.{FakePeer, Nodes}
 
   # More than the connection to a node takes before it makes those wait who send.
   @big String.duplicate("x", 5_000_000)
@@ -84,5 +84,22 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
 
     # Those of whom the bridge hears now are gone.
     eventually(fn -> Bridge.get_status(far).pending <= 1 end, 10_000)
+  end
+
+  test "of this node serves on while a node stands still that has called it", %{node: node} do
+    {:ok, near} = start_supervised({Bridge, FakePeer.opts(:plays)})
+    play = [["go", "now"], ["long", "reply", byte_size(@big)]]
+    for _ <- 1..4, do: Node.spawn(node, Bridge, :call, [near, :execute_program, %{play: play}])
+    eventually(fn -> Bridge.get_status(near).pending == 4 end)
+    os_pid = Nodes.on(node, System, :pid, [])
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
+
+    try do
+      assert {:ok, _} = Bridge.call(near, :go, %{name: "now"}, 1_000)
+      assert eventually(fn -> Bridge.get_status(near).pending == 0 end)
+      assert {:ok, _} = Bridge.call(near, :ping, %{}, 1_000)
+    after
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+    end
   end
 end

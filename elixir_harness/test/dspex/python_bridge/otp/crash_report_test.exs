@@ -8,13 +8,10 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
 
   alias DSPex.PythonBridge.{Bridge, Pool, Protocol}
   alias DSPex.PythonBridge.Client.StreamProxy
-  alias DSPex.PythonBridge.OTP.ServerGuard
   alias DSPex.PythonBridge.Calls.Request
   alias DSPex.PythonBridge.Pool.Handle
   alias DSPex.PythonBridge.Tools.Invocation
   alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
-
-  doctest ServerGuard
 
   @secret "sk-planted-secret"
 

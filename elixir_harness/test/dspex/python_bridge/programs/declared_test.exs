@@ -33,7 +33,7 @@ defmodule DSPex.PythonBridge.Programs.DeclaredTest do
     {:none, "expected a list of maps, keyword lists and modules"},
     {%{id: "qa"}, "expected a list of maps, keyword lists and modules"},
     {[%{id: "qa"} | :more], "expected a list of maps, keyword lists and modules"},
-    {[id: "qa", signature: "q -> a"], "expected a list of programs, got one: put it into a list"},
+    {[id: "qa", signature: "q -> a"], "entry 1: expected a map or keyword list"},
     {["qa"],
      "entry 1: expected a map or keyword list of create_program's arguments, or a module"},
     {[%{id: "qa"}, []], "entry 2: expected a map or keyword list"},
@@ -49,9 +49,8 @@ defmodule DSPex.PythonBridge.Programs.DeclaredTest do
     {[Raises], "entry 1 (#{inspect(Raises)}): its definition/0 raised ArgumentError"},
     {[Exits], "entry 1 (#{inspect(Exits)}): its definition/0 ended with exit"},
     {[NoMap], "entry 1 (#{inspect(NoMap)}): its definition/0: expected a map or keyword list"},
-    {[%{id: "a"}, [id: :b], %{"id" => "b"}], "b is declared twice, by entry 2 and by entry 3"},
-    {[Triage, %{id: "triage"}],
-     "triage is declared twice, by entry 1 (#{inspect(Triage)}) and by entry 2"}
+    {[%{id: "a"}, [id: :b], %{"id" => "b"}], "entry 3: b is declared twice"},
+    {[Triage, %{id: "triage"}], "entry 2: triage is declared twice"}
   ]
 
   test "maps, keyword lists and modules are declarations" do

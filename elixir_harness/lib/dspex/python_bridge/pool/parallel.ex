@@ -1,4 +1,4 @@
-defmodule DSPex.PythonBridge.OTP.Parallel do
+defmodule DSPex.PythonBridge.Pool.Parallel do
   @moduledoc false
   # Questions to many servers at once, for a caller that may have a long mailbox, or trap exits: a process of its own
   # starts the tasks and collects the answers.
