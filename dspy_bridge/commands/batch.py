@@ -6,21 +6,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable, Coroutine
 from statistics import fmean
+from typing import Any
 
-from dspy_bridge.caller import item_ends
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import Cancelled, TimedOut, hits_all
+from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from typing import Any
-
-    from dspy_bridge.dispatch.call import Call
-    from dspy_bridge.programs.program import Program
-
-    Work = Callable[[Any], Coroutine[Any, Any, Any]]
+# Runs an item, which ends at that time of the loop at the latest.
+Work = Callable[[Any, float | None], Coroutine[Any, Any, Any]]
 
 # The items end so long before the request's deadline, in seconds: the client's own timeout runs out with the deadline,
 # and the results must be there by then. Of a short timeout it is a tenth.
@@ -131,9 +127,8 @@ class _Batch:
         ends = [] if self._ends is None else [self._ends]
         if self._item_timeout_ms is not None:
             ends.append(self._loop.time() + min(self._item_timeout_ms, _LONGEST_MS) / 1000)
-        item_ends.set(min(ends, default=None))
         try:
-            outputs = await self._work(self._items[index])
+            outputs = await self._work(self._items[index], min(ends, default=None))
             result = {"success": True, "result": outputs}
         except asyncio.CancelledError:
             raise

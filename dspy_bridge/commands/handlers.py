@@ -149,18 +149,18 @@ class Commands:
         options: dict[str, Any] = {name: args.get(name) for name in ("config", "lm")}
         options.update(call=call, attempts=args.get("attempts") or 1, large=large_inputs.are_large(call.size, inputs))
 
-        async def one(item: Any, stream: bool = False) -> dict[str, Any]:
+        async def one(item: Any, ends: float | None = None, stream: bool = False) -> dict[str, Any]:
             if not isinstance(item, dict):
                 raise InvalidArgs("inputs: expected an object of the signature's input fields")
             entry.execution_count += 1
             entry.last_executed = time.time()
             try:
-                return await program.call(item, stream=stream, **options)
+                return await program.call(item, stream=stream, ends=ends, **options)
             finally:
                 large_inputs.collect()
 
         if isinstance(inputs, dict):
-            return await one(inputs, call.request.stream)
+            return await one(inputs, stream=call.request.stream)
 
         # They import asyncio, for which no ping waits.
         from dspy_bridge.commands import batch

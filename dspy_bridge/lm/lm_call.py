@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import dspy
 
 from dspy_bridge import tracing
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.lm.rate_limits import Lane
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.runtime.worker_threads import Job
@@ -55,7 +55,7 @@ class RunContext:
     refused. `steps`: calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone.
     """
 
-    def __init__(self, deadline: float | None, call: Caller | None = None) -> None:
+    def __init__(self, deadline: float | None, call: Call | None = None) -> None:
         self.deadline = deadline
         self.call: Any = call
         self.meter: Any = None

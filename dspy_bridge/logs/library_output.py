@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+from collections.abc import Callable
+from typing import Any
 
 _LIBRARIES = ("dspy", "gepa", "optuna", "py.warnings")
 

@@ -7,16 +7,13 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 from dspy_bridge import tracing
 from dspy_bridge.logs import content_filter, redaction
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    # Level, logger, message, and the traceparent if there is one.
-    SendRecord = Callable[[str, str, str, str | None], None]
+# Level, logger, message, and the traceparent if there is one.
+SendRecord = Callable[[str, str, str, str | None], None]
 
 logger = logging.getLogger("dspy_bridge")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import lm_call
@@ -37,10 +37,9 @@ class Run(lm_call.RunContext):
 
     examples_once = True
 
-    def __init__(self, call: Caller, limiter: Limiter, budget: Budget) -> None:
+    def __init__(self, call: Call, limiter: Limiter, budget: Budget) -> None:
         """On the event loop."""
-        super().__init__(call.ends)
-        self.call = call
+        super().__init__(call.ends, call)
         # Of `student`, which finds itself by the run.
         self.student: Any = None
         # In a thread: the program that it has run last.

@@ -12,7 +12,7 @@ import dspy
 import jiter
 from dspy.evaluate import EM, normalize_text
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import InvalidArgs, ToolFailed
 from dspy_bridge.lm import lm_call
 from dspy_bridge.runtime import worker_threads
@@ -36,7 +36,7 @@ class Metric:
         self,
         example: dict[str, Any],
         outputs: dict[str, Any],
-        call: Caller,
+        call: Call,
         purpose: str = "score",
         predictor: dict[str, Any] | None = None,
     ) -> tuple[float, str | None]:

@@ -12,15 +12,12 @@ import functools
 import gc
 import threading
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 from dspy_bridge.runtime.event_loop import EventLoop
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.lm import dspy_internals, main_loop
 from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
@@ -38,7 +38,7 @@ _answer: ContextVar[Any] = ContextVar("answer", default=None)
 class Stream:
     """The stream of one call. In DSPy's settings it replaces the stream of `dspy.streamify`."""
 
-    def __init__(self, module: dspy.Module, signature: type[dspy.Signature], call: Caller, *, on_loop: bool) -> None:
+    def __init__(self, module: dspy.Module, signature: type[dspy.Signature], call: Call, *, on_loop: bool) -> None:
         """`signature`: the program's. `on_loop`: whether the module runs on the event loop.
 
         Streams its outputs of type `str`, and the reasoning of the predictors that write its outputs. If several
@@ -131,7 +131,7 @@ class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
     DSPy's own callback for tools blocks the event loop until its message is received.
     """
 
-    def __init__(self, call: Caller) -> None:
+    def __init__(self, call: Call) -> None:
         self._call = call
 
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:

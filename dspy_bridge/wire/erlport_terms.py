@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dspy_bridge.wire.json_values import MAX_INT_DIGITS
+from collections.abc import Callable
+from typing import Any
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+from dspy_bridge.wire.json_values import MAX_INT_DIGITS
 
 _INT_LIMIT = 10**MAX_INT_DIGITS
 # jiter reads 200 levels, and the request is one; deeper terms are refused here, with their path.

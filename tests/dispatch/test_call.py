@@ -241,7 +241,7 @@ class Batches(Bench):
             return await batch.run(args, self._one, call)
         return await self._one(args["one"])
 
-    async def _one(self, item: int) -> int:
+    async def _one(self, item: int, _ends: float | None = None) -> int:
         self.running += 1
         self.most = max(self.most, self.running)
         self.started.put(item)
