@@ -79,8 +79,6 @@ EXECUTE: Table = {
 LIST: Table = {"details": _FLAG, "state": _FLAG, "program_ids": (_is_ids, "expected a list of strings")}
 CLEANUP: Table = {"program_ids": LIST["program_ids"]}
 
-# As the modules of Elixir programs have them, beside their signature.
-_IN_SIGNATURE = ("inputs", "outputs", "instructions")
 _REQUIRED = ("id", "signature", "program_id", "inputs")
 # Of an execute.
 _FOR_LISTS = ("max_concurrency", "item_timeout_ms", "metric", "expected")
@@ -96,9 +94,6 @@ def check(args: dict[str, Any], table: Table) -> None:
 
 def check_create(args: dict[str, Any]) -> None:
     """All of a `create_program` that can be checked without DSPy. Raises `InvalidArgs`."""
-    for name in _IN_SIGNATURE:
-        if name in args:
-            raise InvalidArgs(f"{name}: belongs into signature, an object with inputs, outputs and instructions")
     refuse_unknown(args, CREATE)
     check(args, CREATE)
 

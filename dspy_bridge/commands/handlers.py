@@ -46,12 +46,10 @@ class Commands:
         self._versions: dict[str, str] | None = None
 
     def table(self) -> dict[str, Handler]:
-        """The commands by name."""
         names = ("ping", "create_program", "execute_program", "list_programs", "get_stats", "cleanup")
         return {name: getattr(self, name) for name in names}
 
     def preload(self) -> None:
-        """Begin DSPy's import. On the event loop's thread."""
         self._loader.preload()
 
     def ping(self, _args: dict[str, Any], _call: Call) -> messages.Encoded:
@@ -167,7 +165,7 @@ class Commands:
 
         if args.get("metric") is not None:
             return await batch.evaluate(args, program, one, call)
-        return {"results": await batch.run(args, one, call)}
+        return {"results": await batch.Batch(args, one, call).run()}
 
     async def _optimize(self, entry: Entry, how: Optimize, args: dict[str, Any], call: Call) -> dict[str, Any]:
         entry, _ = await self._working(entry, call)

@@ -81,7 +81,6 @@ class ProgramLoader:
         return [] if self._models is None else self._models.degraded()
 
     def lm_waiting(self) -> int:
-        """How many calls of LMs wait for the limits of their account."""
         if self._models is None:
             return 0
         from dspy_bridge.lm import lm_call

@@ -64,8 +64,6 @@ class Entry:
 
 
 class Registry:
-    """All programs of the peer."""
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # In the order of creation.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Handler = Callable[[dict[str, Any], Call], Any]
 
 # A longer deadline counts as none, which keeps huge numbers out of the loop's clock.
-_LONGEST_MS = 10 * 365 * 86_400_000
+LONGEST_MS = 10 * 365 * 86_400_000
 
 
 class Dispatcher:
@@ -98,8 +98,7 @@ class Dispatcher:
         try:
             request = messages.decode(frame)
         except messages.MessageError as error:
-            error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
-            return self._reject(frame, error.id, messages.failure(error_type, error_replies.one_line(str(error))))
+            return self._reject(frame, error.id, messages.failure(error.error_type, error_replies.one_line(str(error))))
         if isinstance(request, messages.ToolResult) and not self._channel.made_call(request.call_id):
             text = error_replies.one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
             return messages.encode_failure(None, messages.failure("invalid_request", text))
@@ -216,7 +215,7 @@ class Dispatcher:
             return
         self._calls[call.id] = call
         timeout_ms = call.request.timeout_ms
-        if timeout_ms is not None and timeout_ms < _LONGEST_MS:
+        if timeout_ms is not None and timeout_ms < LONGEST_MS:
             late = TimedOut(f"not finished within {timeout_ms:g} ms")
             call.deadline = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
         if limited:

@@ -24,12 +24,10 @@ class Limiter:
 
     @property
     def full(self) -> bool:
-        """Whether all slots are taken and no more waiters fit."""
         return self.running >= self.max_running and len(self._waiting) >= self._max_waiting
 
     @property
     def waiting(self) -> int:
-        """How many wait for a slot."""
         return len(self._waiting)
 
     def slot(self) -> asyncio.Future[None]:
@@ -54,7 +52,6 @@ class Limiter:
         self._grant()
 
     async def acquire(self) -> None:
-        """Wait for a slot."""
         slot = self.slot()
         try:
             await slot

@@ -59,7 +59,7 @@ class LMs:
         # A cache on disk is waited for.
         steps = dspy_internals.STEPS + (dspy_internals.CACHE_STEPS if settings.disk_cache is None else [])
         inline_executor.allow(step.value for step in steps if step.there)
-        redaction.learn_environment()
+        redaction.learn(dict(os.environ), for_good=True)
         redaction.learn(settings.lm_options, for_good=True)
         self.settings = settings
         self._configure(settings)

@@ -25,8 +25,6 @@ class _Stream:
 
 
 class _Records(logging.Filter):
-    """On a handler."""
-
     def __init__(self, dropped: Callable[[], bool]) -> None:
         super().__init__()
         self._dropped = dropped

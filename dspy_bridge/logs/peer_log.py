@@ -51,8 +51,9 @@ class _Queued(logging.Handler):
     reentrant too. The queue is bounded; further records are dropped and counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, write: SendRecord) -> None:
         super().__init__()
+        self._write = write
         self._items: queue.SimpleQueue[tuple[int, str, str, str, str | None]] = queue.SimpleQueue()
         # Each is changed by one side alone: these two within the handler's lock, the others by the thread.
         self._taken = self._dropped = 0
@@ -89,29 +90,14 @@ class _Queued(logging.Handler):
                 self._write("warning", logger.name, self.format(record), None)
             self._written += size
 
-    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
-        raise NotImplementedError
 
-
-class _Stderr(_Queued):
-    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
-        rest = (text + "\n").encode("utf-8", "replace")
-        try:
-            while rest:
-                rest = rest[os.write(2, rest) :]
-        except OSError:
-            pass  # nobody reads the log; replies must not depend on it
-
-
-class _Frames(_Queued):
-    """Sends each record, with its traceback, as one frame."""
-
-    def __init__(self, send: SendRecord) -> None:
-        self._send = send
-        super().__init__()
-
-    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
-        self._send(level, name, text, traceparent)
+def _to_stderr(_level: str, _name: str, text: str, _traceparent: str | None) -> None:
+    rest = (text + "\n").encode("utf-8", "replace")
+    try:
+        while rest:
+            rest = rest[os.write(2, rest) :]
+    except OSError:
+        pass  # nobody reads the log; replies must not depend on it
 
 
 # At debug level these log whole prompts and answers.
@@ -128,13 +114,9 @@ def setup(level: str, send: SendRecord | None) -> None:
     root = logging.getLogger()
     if any(isinstance(handler.formatter, _Redacted) for handler in root.handlers):
         return
-    handler: logging.Handler
-    if send is None:
-        handler = _Stderr()
-        handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s%(of_trace)s: %(message)s"))
-    else:
-        handler = _Frames(send)
-        handler.setFormatter(_Redacted("%(message)s"))
+    handler = _Queued(send or _to_stderr)
+    line = f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s%(of_trace)s: %(message)s"
+    handler.setFormatter(_Redacted(line if send is None else "%(message)s"))
     # Also the handler: dspy's logger has a level of its own.
     handler.setLevel(level.upper())
     root.addHandler(handler)

@@ -63,7 +63,6 @@ class Optimize(_Strict):
 
     @property
     def lms(self) -> dict[str, Any]:
-        """Those that were given, by role."""
         given = {role: getattr(self, role) for role in LM_ROLES}
         return {role: lm for role, lm in given.items() if lm is not None}
 

@@ -94,12 +94,10 @@ class Run(lm_call.RunContext):
             raise Ended
 
     def not_sent(self) -> None:
-        """Take a request back."""
         with self._lock:
             self.lm_calls -= 1
 
     def spend(self, tokens: int) -> None:
-        """Count the tokens of an answer."""
         with self._lock:
             self.tokens += tokens
             spent = self._budget.tokens is not None and self.tokens >= self._budget.tokens
@@ -107,7 +105,6 @@ class Run(lm_call.RunContext):
             self.end("tokens")
 
     def count_metric_call(self) -> None:
-        """Count a call of the metric."""
         with self._lock:
             self.metric_calls += 1
 

@@ -78,7 +78,6 @@ def start(reading: int, writing: int) -> tuple[int, int]:
 
 
 def _end() -> None:
-    """The last exit handler."""
     end_children()
     if os.getpid() == _peer and served:
         sys.stdout.flush()
@@ -164,7 +163,6 @@ def _kill_descendants(root: int | None) -> None:
 
 
 def _descendants(root: int | None) -> set[int]:
-    """The descendants of `root`, and all processes with the mark."""
     import psutil
 
     children: dict[int, list[int]] = {}

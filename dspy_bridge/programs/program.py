@@ -64,7 +64,6 @@ class Program:
         return saved_state.dump(self.runner.module if module is None else module, self._saved_lm)
 
     def read_metric(self, given: dict[str, Any]) -> scores.Metric:
-        """A metric for this program. Raises `InvalidArgs`."""
         return scores.read_metric(given, self._contract.signature)
 
     def expected(

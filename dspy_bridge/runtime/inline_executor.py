@@ -39,7 +39,6 @@ class InlineExecutor(DaemonThreads):
         self._ran: set[Any] = set()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As `ThreadPoolExecutor.submit`."""
         future = super().submit(fn, *args, **kwargs)
         if (kind := _kind(fn)) is not None:
             if len(self._ran) >= _MOST:

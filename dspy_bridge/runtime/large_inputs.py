@@ -75,9 +75,8 @@ def loop() -> asyncio.AbstractEventLoop:
     global _loop
     with _starting:
         if _loop is None:
-            _loop = EventLoop()
             # Steps with large values are not short.
-            _loop.set_default_executor(DaemonThreads(64, "dspy_bridge-large-hop"))
+            _loop = EventLoop(DaemonThreads(64, "dspy_bridge-large-hop"))
             threading.Thread(target=_run, args=(_loop,), name="dspy_bridge-large", daemon=True).start()
         return _loop
 

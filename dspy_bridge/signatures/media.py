@@ -68,7 +68,6 @@ def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) 
 
 
 def validators(fields: Mapping[str, Any], files_dir: str | None) -> dict[str, pydantic.TypeAdapter[Any]]:
-    """Of a signature's fields."""
     return {
         name: pydantic.TypeAdapter(accepting(field.rebuild_annotation(), files_dir)) for name, field in fields.items()
     }

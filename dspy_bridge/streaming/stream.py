@@ -67,7 +67,6 @@ class Stream:
                 unwritten -= outputs.keys()
 
     def settings(self) -> dict[str, Any]:
-        """DSPy's settings for the call."""
         settings: dict[str, Any] = {"callbacks": [*dspy.settings.callbacks, _Watch(self._call)]}
         if self._in_pieces:
             stream = self if self._predictors or self._on_loop else None

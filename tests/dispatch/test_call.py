@@ -238,7 +238,7 @@ class Batches(Bench):
 
     async def _work(self, args: dict[str, Any], call: Call) -> Any:
         if "inputs" in args:
-            return await batch.run(args, self._one, call)
+            return await batch.Batch(args, self._one, call).run()
         return await self._one(args["one"])
 
     async def _one(self, item: int, _ends: float | None = None) -> int:
