@@ -131,10 +131,7 @@ def hits_all(error: BaseException | None) -> bool:
 
 
 class OutputInvalid(BridgeError):
-    """The LM's answer does not fit the signature.
-
-    `field`: the output, if it is one that was read. `by_lm`: whether another answer may fit.
-    """
+    """The LM's answer does not fit. `field`: an output that was read, or None. `by_lm`: whether another may fit."""
 
     error_type = "output_invalid"
 

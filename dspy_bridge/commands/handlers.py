@@ -70,10 +70,7 @@ class Commands:
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """The output fields of one run; `{"results": […]}` for a list of inputs, with a metric also their scores.
-
-        With `optimize`, the state of a better program.
-        """
+        """The outputs of a run; `{"results": […]}` for a list of inputs; with `optimize` a better program's state."""
         arguments.check_execute(args)
         how = None
         if args.get("optimize") is not None:

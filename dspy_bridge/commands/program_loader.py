@@ -44,10 +44,7 @@ class ProgramLoader:
         self._gc = GcFreezer()
 
     async def load(self, entry: Entry) -> Program:
-        """The program of an entry, loaded once for all requests that need it. On the event loop.
-
-        Raises `LoadFailed` if the program is lazy.
-        """
+        """The program of an entry, loaded once for all that need it. Raises `LoadFailed` for a lazy one."""
         import asyncio
 
         if entry.failure is not None and time.monotonic() < entry.reload_at:

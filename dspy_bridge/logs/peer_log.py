@@ -107,10 +107,7 @@ _OWN_HANDLERS = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
 
 
 def setup(level: str, send: SendRecord | None) -> None:
-    """Send records of `level` and above to stderr, or as frames through `send`, which may wait for their reader.
-
-    Later calls change nothing.
-    """
+    """Send records to stderr, or as frames through `send`, which may wait. Later calls change nothing."""
     root = logging.getLogger()
     if any(isinstance(handler.formatter, _Redacted) for handler in root.handlers):
         return

@@ -42,9 +42,7 @@ async def run(
 ) -> dict[str, Any]:
     """`{"state", "score", "baseline", "candidates", "stopped", "lm_calls", "metric_calls"}`.
 
-    `program`: one that nobody else has; it is changed. `args`: of the execute.
-
-    Raises `BridgeError`; any other exception is a defect.
+    `program`: one that nobody else has; it is changed. Raises `BridgeError`; any other exception is a defect.
     """
     inputs, expected = args["inputs"], args.get("expected")
     await large_inputs.in_thread(lambda: optimizers.check(given, len(inputs)))

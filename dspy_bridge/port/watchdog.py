@@ -44,10 +44,7 @@ _ask = _answer = -1
 
 
 def start(reading: int, writing: int) -> tuple[int, int]:
-    """Fork the watchdog, which watches these two descriptors; returns those that no child may inherit.
-
-    Call it once, before there are threads.
-    """
+    """Fork the watchdog, before there are threads; returns descriptors that no child may inherit."""
     global _peer, _ask, _answer
     _peer = os.getpid()
     # With the time, as a later peer may have the same pid.

@@ -26,10 +26,7 @@ _MOST_TOLD = 300
 
 
 class Program:
-    """A loaded program. Its runs may overlap: DSPy's modules keep no state of a call.
-
-    `of_dspy`: whether its module is DSPy's own.
-    """
+    """A loaded program, whose runs may overlap. `of_dspy`: whether its module is DSPy's own."""
 
     def __init__(self, definition: dict[str, Any], lms: dspy_setup.LMs, threads: WorkerThreads) -> None:
         """`definition`: the arguments of `create_program`. Raises `InvalidArgs` or `NotAllowed`."""
@@ -104,10 +101,7 @@ class Program:
 
     @contextmanager
     def optimizing(self, lm: object, run: lm_call.RunContext) -> Iterator[None]:
-        """The settings of an optimization. `lm`: None for the program's own.
-
-        Raises `LMNotConfigured` or `InvalidArgs`.
-        """
+        """The settings of an optimization; `lm` as in `call`. Raises `LMNotConfigured` or `InvalidArgs`."""
         run.refuses_cut_off = not self._allow_truncated
         found = self._lm_for({}, lm)[1] or dspy.settings.lm
         # Optimizers write into its settings.

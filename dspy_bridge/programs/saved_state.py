@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from importlib import metadata as packages
 from typing import Annotated, Any
 
 import dspy
 import jiter
 import pydantic
-from dspy.utils.saving import get_dependency_versions
 from typing_extensions import NotRequired, TypedDict
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
@@ -49,6 +50,7 @@ class _Saved(TypedDict):
 
 
 _SAVED = pydantic.TypeAdapter(_Saved)
+_CLOUDPICKLE = ".".join(packages.version("cloudpickle").split(".")[:2])
 
 
 def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | None:
@@ -111,7 +113,8 @@ def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
         name: {**saved, "lm": lm or redaction.without_secrets(saved.get("lm"))}
         for name, saved in _by_predictor(module, module.dump_state()).items()
     }
-    metadata = {"dependency_versions": get_dependency_versions()}
+    python = ".".join(platform.python_version_tuple()[:2])
+    metadata = {"dependency_versions": {"python": python, "dspy": dspy.__version__, "cloudpickle": _CLOUDPICKLE}}
     return {**(state["self"] if _is_flat(module) else state), "metadata": metadata}
 
 

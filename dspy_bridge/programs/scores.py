@@ -9,7 +9,7 @@ from typing import Any
 
 import dspy
 import jiter
-from dspy.evaluate.metrics import EM, F1
+from dspy.evaluate import metrics
 
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import InvalidArgs, ToolFailed
@@ -57,7 +57,7 @@ class Metric:
         got, wanted = _text(got), _text(wanted)
         if self._match == "contains":
             return float(wanted in got)
-        return float((EM if self._match == "exact_match" else F1)(got, [wanted]))
+        return float((metrics.EM if self._match == "exact_match" else metrics.F1)(got, [wanted]))
 
 
 class Reward:

@@ -44,13 +44,7 @@ class NotJSON(MessageError):
 
 
 class Request:
-    """A request. `timeout_ms`: its deadline, counted from receipt, or None. `traceparent`: its trace, or None.
-
-    `history`: whether meta has the history of its LM calls, `lm_events`: whether it has these without contents; then
-    there is meta, too.
-    """
-
-    __slots__ = ("args", "command", "history", "id", "lm_events", "meta", "stream", "timeout_ms", "traceparent")
+    """A request; its keys are those of the protocol. With `history` or `lm_events` there is `meta`, too."""
 
     stream: bool
     history: bool
@@ -88,16 +82,12 @@ class Encoded(bytes):
 class Cancel:
     """Cancels the request `id`; has no reply of its own."""
 
-    __slots__ = ("id",)
-
     def __init__(self, id: Id) -> None:
         self.id = id
 
 
 class ToolResult:
     """The result of a tool call: `value`, or `error`, a string for the LM, if that is not None."""
-
-    __slots__ = ("call_id", "error", "value")
 
     def __init__(self, call_id: int, value: Any, error: str | None) -> None:
         self.call_id = call_id
