@@ -32,9 +32,11 @@ LIMITED = frozenset(["execute_program"])
 class Commands:
     """The handlers, over one registry of programs."""
 
-    def __init__(self, settings: Settings, setup: Callable[[], object], load: Callable[[], Mapping[str, Any]]) -> None:
-        """`setup` runs before DSPy is imported; `load` gives the dispatcher's counts, for `get_stats`."""
-        self._load = load
+    def __init__(
+        self, settings: Settings, setup: Callable[[], object], counts: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """`setup` runs before DSPy is imported; `counts` gives the dispatcher's counts, for `get_stats`."""
+        self._counts = counts
         self._settings = settings
         self._started = time.monotonic()
         self._registry = Registry()
@@ -109,7 +111,7 @@ class Commands:
             "programs_count": len(self._registry.answered()),
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
-            **self._load(),
+            **self._counts(),
             "lm_waiting": self._loader.lm_waiting(),
             "threads": threads,
             "pid": os.getpid(),

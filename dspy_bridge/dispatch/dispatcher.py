@@ -63,6 +63,8 @@ class Dispatcher:
         self._on_start = on_start
         self._replies = ReplyEncoder(commands, max_frame_bytes, log_exception)
         self._pings = self._replies.pings
+        # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
+        self._answers_pings = max_frame_bytes >= pings.MAX_BYTES
         # From the reading thread to the loop, in the order received.
         self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,7 +82,7 @@ class Dispatcher:
         """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
         received = time.monotonic()
         pongs, count, used = pings.answer(data, time.time())
-        if not count or self._watch.blocked is not None:
+        if not count or not self._answers_pings or self._watch.blocked is not None:
             return data
         # Without the lock: pings are counted and reported on the reading thread only.
         self._pings.add(time.monotonic() - received, count=count)
@@ -137,7 +139,7 @@ class Dispatcher:
         """The number of requests without a reply."""
         return self._open + len(self._inbox)
 
-    def load(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """`{"in_flight", "queued", "commands": {name: {"count", "errors", "p50_ms", "p99_ms"}}}`."""
         return {
             "in_flight": self._limiter.running,

@@ -31,19 +31,6 @@ class _Redacted(logging.Formatter):
         return redaction.redact(super().format(content_filter.without_contents(record)))
 
 
-class _Diverted(logging.Filter):
-    """On a logger: sends its records to our handler and to no other."""
-
-    def __init__(self, handler: logging.Handler) -> None:
-        super().__init__()
-        self._handler = handler
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno >= self._handler.level:
-            self._handler.handle(record)
-        return False
-
-
 class _Queued(logging.Handler):
     """Writes on a thread of its own, so that a slow reader does not block the code that logs.
 
@@ -118,11 +105,17 @@ def setup(level: str, send: SendRecord | None) -> None:
     handler.setLevel(level.upper())
     root.addHandler(handler)
     root.setLevel(level.upper())
+
+    def divert(record: logging.LogRecord) -> bool:
+        if record.levelno >= handler.level:
+            handler.handle(record)
+        return False
+
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(max(logging.INFO, root.level))
     for name in _OWN_HANDLERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
-        logging.getLogger(name).addFilter(_Diverted(handler))
+        logging.getLogger(name).addFilter(divert)  # to our handler, and to no other
     logging.captureWarnings(True)
 
 

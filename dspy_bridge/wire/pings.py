@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 
-# At most 18 digits in the id, which any counter of a BEAM has: so a pong has less than 256 bytes, as its ping here. Of
-# a key that is there twice the last value counts, as for the decoder.
+# Pings and pongs answered here are at most this long, so that only the last byte of a packet's length counts.
+MAX_BYTES = 256
+# At most 18 digits in the id, which any counter of a BEAM has; a longer one could make the pong too long. Of a key that
+# is there twice the last value counts, as for the decoder.
 _MEMBER = (
     rb'"id": ?(0|[1-9][0-9]{0,17})|"command": ?("ping")|"args": ?\{\}'
     rb'|"timestamp": ?"[0-9:.TZ+-]*"|"timeout_ms": ?[1-9][0-9]{0,9}'
