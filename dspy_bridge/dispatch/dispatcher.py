@@ -143,7 +143,7 @@ class Dispatcher:
         """`{"in_flight", "queued", "commands": {name: {"count", "errors", "p50_ms", "p99_ms"}}}`."""
         return {
             "in_flight": self._limiter.running,
-            "queued": self._limiter.waiting,
+            "queued": len(self._limiter.waiting),
             "commands": self._replies.summaries(),
         }
 
@@ -210,7 +210,7 @@ class Dispatcher:
         limited = call.request.command in self._limited
         if limited and self._limiter.full:
             call.work.close()  # else Python warns that it was never awaited
-            load = f"{self._limiter.running} calls are running and {self._limiter.waiting} are waiting"
+            load = f"{self._limiter.running} calls are running and {len(self._limiter.waiting)} are waiting"
             self._answer(call, None, Overloaded(load))
             return
         self._calls[call.id] = call

@@ -8,7 +8,6 @@ event loop. Does not import DSPy.
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import threading
 import time
@@ -25,7 +24,7 @@ T = TypeVar("T")
 # for some 0.2 s.
 LARGE = 1 << 18
 # A disk that hangs can block all of them: then only runs with files or large inputs wait.
-_READERS = 8
+_readers = DaemonThreads(8, "dspy_bridge-reader")
 
 # Whether the run of this context has large inputs.
 here: ContextVar[bool] = ContextVar("large", default=False)
@@ -45,12 +44,7 @@ def names_file(value: Any) -> bool:
 
 async def in_thread(work: Callable[[], T]) -> T:
     """Run `work`, which reads files or checks large inputs, in a thread. Cancelling does not stop it."""
-    return await asyncio.get_running_loop().run_in_executor(_readers(), work)
-
-
-@functools.cache
-def _readers() -> DaemonThreads:
-    return DaemonThreads(_READERS, "dspy_bridge-reader")
+    return await asyncio.get_running_loop().run_in_executor(_readers, work)
 
 
 # Between two collections, in seconds; one takes some 10 ms.

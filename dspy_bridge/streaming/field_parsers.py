@@ -3,7 +3,7 @@
 DSPy's own `StreamListener` does not decode JSON escapes and XML entities, and loses text around `[[` and quotes. Here
 the chunks of a field, joined, are the value that DSPy's parser returns at the end. Where that is impossible (DSPy
 repairs invalid JSON, for example) a parser stops: usually it has emitted the beginning of the field, and the rest is
-sent at the end (`rest`).
+sent at the end.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ import jiter
 
 # A field and its next characters.
 Chunk = tuple[str, str]
-
-
-def rest(sent: str, whole: str) -> str:
-    """The unsent rest of a field; empty if something else was sent."""
-    return whole[len(sent) :] if whole.startswith(sent) else ""
 
 
 class _Stripped:

@@ -110,8 +110,10 @@ class Stream:
         await asyncio.sleep(0)  # messages from other threads go first
         for field in self._fields:
             text = outputs.get(field)
-            if isinstance(text, str) and (rest := field_parsers.rest("".join(self._sent.get(field, ())), text)):
-                await self._call.stream_item({"field": field, "chunk": rest})
+            sent = "".join(self._sent.get(field, ()))
+            # If something else was sent, it cannot be corrected.
+            if isinstance(text, str) and text.startswith(sent) and text != sent:
+                await self._call.stream_item({"field": field, "chunk": text[len(sent) :]})
 
 
 def _correct_progress(sent: bool) -> None:

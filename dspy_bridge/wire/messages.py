@@ -69,8 +69,8 @@ class Request:
                 raise MessageError(f"{name}: expected true or false, got {_json_name(flag)}", id)
             setattr(self, name, flag)
         self.meta: bool = self.meta or self.history or self.lm_events
-        self.traceparent: str | None = message.get("traceparent")
-        if self.traceparent is not None and not _is_traceparent(self.traceparent):
+        trace = self.traceparent = message.get("traceparent")
+        if trace is not None and not (type(trace) is str and re.fullmatch(_TRACEPARENT, trace)):
             text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
             raise MessageError(f"traceparent: {text}", id)
 
@@ -229,10 +229,6 @@ def readable_call_id(payload: bytes) -> int | None:
 
 def _is_id(value: object) -> TypeGuard[Id]:
     return type(value) is int or type(value) is str
-
-
-def _is_traceparent(value: object) -> bool:
-    return type(value) is str and re.fullmatch(_TRACEPARENT, value) is not None
 
 
 def _got(message: dict[str, Any], key: str) -> str:
