@@ -1,4 +1,4 @@
-"""The command line: serve frames on stdin and stdout (what a port opens), `--selftest`, `--version`, `--help`."""
+"""The command line: serve frames on stdin and stdout (what a port opens), `--version`, `--help`."""
 
 from __future__ import annotations
 
@@ -45,10 +45,6 @@ def main() -> int:
                 if text.startswith("-") or not last.startswith("-")
             ]
             return refuse(f"unknown arguments {' '.join(names)}; --help lists all")
-        if arguments.selftest:
-            from dspy_bridge import selftest
-
-            return selftest.main()
         flags = {name: text for name, text in vars(arguments).items() if isinstance(text, str)}
     try:
         chosen = settings.load(os.environ, flags)
@@ -60,7 +56,7 @@ def main() -> int:
         text = f"{' and '.join(missing)} cannot be imported by {sys.executable}; expected a Python with DSPy"
         return refuse(f"{text}: mix dspex.setup makes one")
     if os.isatty(0):
-        return refuse("stdin is a terminal: this program is opened by a port; try --selftest or --help")
+        return refuse("stdin is a terminal: this program is opened by a port; try --help")
     # Before importing anything that might print.
     try:
         reading, writing = stdio.take()
@@ -111,9 +107,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dspy_bridge {__version__}")
-    parser.add_argument(
-        "--selftest", action="store_true", help="drive a peer through all six commands with offline/echo, then exit"
-    )
     for setting in SETTINGS:
         default = f"default: {setting.default}" if setting.default else "default: none"
         parser.add_argument(

@@ -32,7 +32,7 @@ def build_dispatcher(
     def log() -> ModuleType:
         return set_up_logs(settings.log_level, send_log)
 
-    commands = Commands(settings, log, lambda: dispatcher.load())
+    commands = Commands(settings, log, lambda: dispatcher.counts())
     dispatcher = Dispatcher(
         commands.table(),
         send,

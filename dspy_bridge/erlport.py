@@ -25,6 +25,8 @@ import os
 import queue
 import re
 import threading
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from dspy_bridge import app, settings
 from dspy_bridge.dispatch import error_replies
@@ -34,11 +36,6 @@ from dspy_bridge.wire import messages
 from dspy_bridge.wire.erlport_terms import Unfit, check_receiver, from_term, to_command, to_term
 from dspy_bridge.wire.frames import TooLarge
 from dspy_bridge.wire.json_values import encode_value
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from typing import Any
 
 _NO_TOOLS = "tools need a port of their own: a call through ErlPort has no way back while it runs"
 # The kind of a payload, by its first two keys; the rest is not parsed on the event loop.

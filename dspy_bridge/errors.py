@@ -33,8 +33,6 @@ def _named(name: str) -> str:
 
 
 class InvalidArgs(BridgeError):
-    """An argument of a command is missing or wrong."""
-
     error_type = "invalid_args"
 
 
@@ -90,14 +88,10 @@ class UnknownCommand(BridgeError):
 
 
 class FrameTooLarge(BridgeError):
-    """A frame or a reply is longer than `max_frame_bytes`."""
-
     error_type = "frame_too_large"
 
 
 class ProgramNotFound(BridgeError):
-    """No program under that id."""
-
     error_type = "program_not_found"
     exact = True
 
@@ -137,10 +131,7 @@ def hits_all(error: BaseException | None) -> bool:
 
 
 class OutputInvalid(BridgeError):
-    """The LM's answer does not fit the signature.
-
-    `field`: the output, if it is one that was read. `by_lm`: whether another answer may fit.
-    """
+    """The LM's answer does not fit. `field`: an output that was read, or None. `by_lm`: whether another may fit."""
 
     error_type = "output_invalid"
 
@@ -157,14 +148,10 @@ class ToolFailed(BridgeError):
 
 
 class TimedOut(BridgeError):
-    """The request did not finish before its deadline."""
-
     error_type = "timeout"
 
 
 class Cancelled(BridgeError):
-    """The client cancelled the request."""
-
     error_type = "cancelled"
 
 
@@ -184,8 +171,6 @@ class Overloaded(BridgeError):
 
 
 class NotAllowed(BridgeError):
-    """The settings of this peer forbid it."""
-
     error_type = "not_allowed"
 
 

@@ -20,24 +20,20 @@ def _count(most: float = float("inf")) -> Callable[[Any], bool]:
     return lambda value: value is None or (type(value) is int and 1 <= value <= most)
 
 
-def _is_text(value: Any) -> bool:
-    return type(value) is str and value != ""
-
-
-def _is_ids(value: Any) -> bool:
-    return value is None or (type(value) is list and all(type(id) is str for id in value))
-
-
-def _is_milliseconds(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and value > 0)
-
-
 # Each attempt is at least one more LM call.
 _MOST_ATTEMPTS = 10
 # Checked where the program is loaded.
 _ANY = (lambda _value: True, "")
-_TEXT = (_is_text, "expected text")
+_TEXT = (lambda value: type(value) is str and value != "", "expected text")
 _OBJECT = (_or_null(dict), "expected an object")
+_MILLISECONDS = (
+    lambda value: value is None or (type(value) in (int, float) and value > 0),
+    "expected a number of milliseconds greater than 0",
+)
+_IDS = (
+    lambda value: value is None or (type(value) is list and all(type(id) is str for id in value)),
+    "expected a list of strings",
+)
 _FLAG = (lambda value: type(value) is bool, "expected true or false")
 _LM = (_or_null(str, dict), 'expected text such as "openai/gpt-4o-mini", or an object with model')
 _INPUTS = (
@@ -69,18 +65,16 @@ EXECUTE: Table = {
     "lm": _LM,
     "attempts": (_count(_MOST_ATTEMPTS), f"expected a whole number from 1 to {_MOST_ATTEMPTS}"),
     "max_concurrency": (_count(), "expected a whole number of at least 1"),
-    "item_timeout_ms": (_is_milliseconds, "expected a number of milliseconds greater than 0"),
+    "item_timeout_ms": _MILLISECONDS,
     "expected": (_or_null(list), "expected a list of objects, one for each of the inputs"),
     "metric": (_or_null(dict), "expected an object with tool, or with field and match"),
     "optimize": _ANY,
     # DSPex's adapter sends it, and no bridge has ever read it.
     "options": _ANY,
 }
-LIST: Table = {"details": _FLAG, "state": _FLAG, "program_ids": (_is_ids, "expected a list of strings")}
-CLEANUP: Table = {"program_ids": LIST["program_ids"]}
+LIST: Table = {"details": _FLAG, "state": _FLAG, "program_ids": _IDS}
+CLEANUP: Table = {"program_ids": _IDS}
 
-# As the modules of Elixir programs have them, beside their signature.
-_IN_SIGNATURE = ("inputs", "outputs", "instructions")
 _REQUIRED = ("id", "signature", "program_id", "inputs")
 # Of an execute.
 _FOR_LISTS = ("max_concurrency", "item_timeout_ms", "metric", "expected")
@@ -96,9 +90,6 @@ def check(args: dict[str, Any], table: Table) -> None:
 
 def check_create(args: dict[str, Any]) -> None:
     """All of a `create_program` that can be checked without DSPy. Raises `InvalidArgs`."""
-    for name in _IN_SIGNATURE:
-        if name in args:
-            raise InvalidArgs(f"{name}: belongs into signature, an object with inputs, outputs and instructions")
     refuse_unknown(args, CREATE)
     check(args, CREATE)
 

@@ -6,47 +6,24 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable, Coroutine
 from statistics import fmean
+from typing import Any
 
-from dspy_bridge.caller import item_ends
+from dspy_bridge.dispatch.call import Call
+from dspy_bridge.dispatch.dispatcher import LONGEST_MS
 from dspy_bridge.errors import Cancelled, TimedOut, hits_all
+from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from typing import Any
-
-    from dspy_bridge.dispatch.call import Call
-    from dspy_bridge.programs.program import Program
-
-    Work = Callable[[Any], Coroutine[Any, Any, Any]]
+# Runs an item, which ends at that time of the loop at the latest.
+Work = Callable[[Any, float | None], Coroutine[Any, Any, Any]]
+# What an item's result has in addition, from its index and its outputs.
+Score = Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 
 # The items end so long before the request's deadline, in seconds: the client's own timeout runs out with the deadline,
 # and the results must be there by then. Of a short timeout it is a tenth.
 _EARLIER = 0.25
-# Keeps huge numbers out of the loop's clock.
-_LONGEST_MS = 10 * 365 * 86_400_000
-
-
-async def run(
-    args: dict[str, Any],
-    work: Work,
-    call: Call,
-    score: Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] | None = None,
-) -> list[dict[str, Any]]:
-    """`{"success", "result"}` or `{"success", "error", "error_type"}` for each of the inputs, in their order.
-
-    `args`: `inputs`, and `max_concurrency` and `item_timeout_ms`, if given. The first item uses the call's own slot.
-    The others acquire theirs one at a time at the end of the queue, so that other calls run in between. If the call
-    streams, each result is also sent when it is ready, with its index. Just before the call's deadline, all items
-    without a result get the error `timeout`. `item_timeout_ms` counts from an item's start.
-
-    With `score`, each success also has what `score(index, outputs)` gives, each failure the score 0. An item has left
-    its slot by then: the score may need another run. What `score` raises ends the batch, and so does an LM that
-    refuses the key.
-    """
-    return await _Batch(args, work, call, score).run() if args["inputs"] else []
 
 
 async def evaluate(args: dict[str, Any], program: Program, work: Work, call: Call) -> dict[str, Any]:
@@ -62,20 +39,25 @@ async def evaluate(args: dict[str, Any], program: Program, work: Work, call: Cal
         value, feedback = await metric.score(examples[index][0], outputs, call)
         return {"score": value} if feedback is None else {"score": value, "feedback": feedback}
 
-    results = await run(args, work, call, score)
+    results = await Batch(args, work, call, score).run()
     failed = sum(not result["success"] for result in results)
     scores = [result["score"] for result in results]
     return {"score": fmean(scores) if scores else None, "failed": failed, "results": results}
 
 
-class _Batch:
-    def __init__(
-        self,
-        args: dict[str, Any],
-        work: Work,
-        call: Call,
-        score: Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]] | None,
-    ) -> None:
+class Batch:
+    """`args`: `inputs`, and `max_concurrency` and `item_timeout_ms`, if given.
+
+    The first item uses the call's own slot. The others acquire theirs one at a time at the end of the queue, so that
+    other calls run in between. If the call streams, each result is also sent when it is ready, with its index. Just
+    before the call's deadline, all items without a result get the error `timeout`. `item_timeout_ms` counts from an
+    item's start.
+
+    With `score`, each failure has the score 0. An item has left its slot before it is scored: the score may need
+    another run. What `score` raises ends the batch, and so does an LM that refuses the key.
+    """
+
+    def __init__(self, args: dict[str, Any], work: Work, call: Call, score: Score | None = None) -> None:
         self._items: list[Any] = args["inputs"]
         self._work = work
         self._call = call
@@ -98,6 +80,9 @@ class _Batch:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> list[dict[str, Any]]:
+        """`{"success", "result"}` or `{"success", "error", "error_type"}` for each of the inputs, in their order."""
+        if not self._items:
+            return []
         expiry = None
         if self._call.deadline is not None:
             whole = self._call.request.timeout_ms or 0.0
@@ -130,10 +115,9 @@ class _Batch:
     async def _one(self, index: int) -> None:
         ends = [] if self._ends is None else [self._ends]
         if self._item_timeout_ms is not None:
-            ends.append(self._loop.time() + min(self._item_timeout_ms, _LONGEST_MS) / 1000)
-        item_ends.set(min(ends, default=None))
+            ends.append(self._loop.time() + min(self._item_timeout_ms, LONGEST_MS) / 1000)
         try:
-            outputs = await self._work(self._items[index])
+            outputs = await self._work(self._items[index], min(ends, default=None))
             result = {"success": True, "result": outputs}
         except asyncio.CancelledError:
             raise
@@ -163,7 +147,7 @@ class _Batch:
             self._fail(index, self._failure(TimedOut(f"not finished within {timeout_ms:g} ms")))
             task.cancel()
 
-        return self._loop.call_later(min(timeout_ms, _LONGEST_MS) / 1000, expire)
+        return self._loop.call_later(min(timeout_ms, LONGEST_MS) / 1000, expire)
 
     def _ended(self, index: int, timer: asyncio.TimerHandle | None, task: asyncio.Task[None]) -> None:
         # Not at the end of `_one`, which does not run if the task is cancelled before its first step.

@@ -32,9 +32,11 @@ LIMITED = frozenset(["execute_program"])
 class Commands:
     """The handlers, over one registry of programs."""
 
-    def __init__(self, settings: Settings, setup: Callable[[], object], load: Callable[[], Mapping[str, Any]]) -> None:
-        """`setup` runs before DSPy is imported; `load` gives the dispatcher's counts, for `get_stats`."""
-        self._load = load
+    def __init__(
+        self, settings: Settings, setup: Callable[[], object], counts: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """`setup` runs before DSPy is imported; `counts` gives the dispatcher's counts, for `get_stats`."""
+        self._counts = counts
         self._settings = settings
         self._started = time.monotonic()
         self._registry = Registry()
@@ -46,12 +48,10 @@ class Commands:
         self._versions: dict[str, str] | None = None
 
     def table(self) -> dict[str, Handler]:
-        """The commands by name."""
         names = ("ping", "create_program", "execute_program", "list_programs", "get_stats", "cleanup")
         return {name: getattr(self, name) for name in names}
 
     def preload(self) -> None:
-        """Begin DSPy's import. On the event loop's thread."""
         self._loader.preload()
 
     def ping(self, _args: dict[str, Any], _call: Call) -> messages.Encoded:
@@ -72,10 +72,7 @@ class Commands:
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
-        """The output fields of one run; `{"results": […]}` for a list of inputs, with a metric also their scores.
-
-        With `optimize`, the state of a better program.
-        """
+        """The outputs of a run; `{"results": […]}` for a list of inputs; with `optimize` a better program's state."""
         arguments.check_execute(args)
         how = None
         if args.get("optimize") is not None:
@@ -114,7 +111,7 @@ class Commands:
             "programs_count": len(self._registry.answered()),
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
-            **self._load(),
+            **self._counts(),
             "lm_waiting": self._loader.lm_waiting(),
             "threads": threads,
             "pid": os.getpid(),
@@ -149,25 +146,25 @@ class Commands:
         options: dict[str, Any] = {name: args.get(name) for name in ("config", "lm")}
         options.update(call=call, attempts=args.get("attempts") or 1, large=large_inputs.are_large(call.size, inputs))
 
-        async def one(item: Any, stream: bool = False) -> dict[str, Any]:
+        async def one(item: Any, ends: float | None = None, stream: bool = False) -> dict[str, Any]:
             if not isinstance(item, dict):
                 raise InvalidArgs("inputs: expected an object of the signature's input fields")
             entry.execution_count += 1
             entry.last_executed = time.time()
             try:
-                return await program.call(item, stream=stream, **options)
+                return await program.call(item, stream=stream, ends=ends, **options)
             finally:
                 large_inputs.collect()
 
         if isinstance(inputs, dict):
-            return await one(inputs, call.request.stream)
+            return await one(inputs, stream=call.request.stream)
 
         # They import asyncio, for which no ping waits.
         from dspy_bridge.commands import batch
 
         if args.get("metric") is not None:
             return await batch.evaluate(args, program, one, call)
-        return {"results": await batch.run(args, one, call)}
+        return {"results": await batch.Batch(args, one, call).run()}
 
     async def _optimize(self, entry: Entry, how: Optimize, args: dict[str, Any], call: Call) -> dict[str, Any]:
         entry, _ = await self._working(entry, call)

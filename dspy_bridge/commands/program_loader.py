@@ -37,17 +37,14 @@ class ProgramLoader:
         self._settings = settings
         self._setup = setup
         self._threads = threads
-        self._models: LMs | None = None
+        self._lms: LMs | None = None
         # The last failure, and when that was.
         self._setup_failed: tuple[str, float] | None = None
         self._thread: DaemonThreads | None = None
         self._gc = GcFreezer()
 
     async def load(self, entry: Entry) -> Program:
-        """The program of an entry, loaded once for all requests that need it. On the event loop.
-
-        Raises `LoadFailed` if the program is lazy.
-        """
+        """The program of an entry, loaded once for all that need it. Raises `LoadFailed` for a lazy one."""
         import asyncio
 
         if entry.failure is not None and time.monotonic() < entry.reload_at:
@@ -78,11 +75,10 @@ class ProgramLoader:
 
     def degraded(self) -> list[str]:
         """Names of the features that the installed DSPy does not allow; empty before it is imported."""
-        return [] if self._models is None else self._models.degraded()
+        return [] if self._lms is None else self._lms.degraded()
 
     def lm_waiting(self) -> int:
-        """How many calls of LMs wait for the limits of their account."""
-        if self._models is None:
+        if self._lms is None:
             return 0
         from dspy_bridge.lm import lm_call
 
@@ -108,13 +104,13 @@ class ProgramLoader:
             pass  # the first program imports it again, and its reply has the failure
 
     def _make(self, definition: dict[str, Any]) -> Program:
-        if self._models is None:
-            self._models = self._load_dspy()
+        if self._lms is None:
+            self._lms = self._load_dspy()
         from dspy_bridge.programs.program import Program
 
         if definition.get("lazy"):
             arguments.check_create(definition)
-        program = Program(definition, self._models, self._threads)
+        program = Program(definition, self._lms, self._threads)
         if self._gc.changed(1, removed=False):
             self._gc.freeze()
         return program
@@ -126,7 +122,7 @@ class ProgramLoader:
         try:
             from dspy_bridge.lm.dspy_setup import LMs
 
-            models = LMs(self._settings)
+            lms = LMs(self._settings)
         except BaseException as error:  # user code and DSPy's own may raise anything
             from dspy_bridge.logs import peer_log
 
@@ -135,7 +131,7 @@ class ProgramLoader:
             self._setup_failed = why, time.monotonic()
             raise SetupFailed(why) from None
         self._gc.freeze()  # DSPy itself is half a million objects
-        return models
+        return lms
 
 
 def _loaded(entry: Entry, load: asyncio.Future[Program]) -> None:

@@ -64,8 +64,6 @@ class Entry:
 
 
 class Registry:
-    """All programs of the peer."""
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # In the order of creation.
@@ -74,7 +72,6 @@ class Registry:
     def add(self, id: str, definition: dict[str, Any]) -> Entry:
         """Define or redefine `id`. The earlier entry is kept until `confirm`, and restored by `discard`."""
         with self._lock:
-            # In the place of the earlier one, until `confirm`.
             entry = self._entries[id] = Entry(id, definition, self._entries.get(id))
             return entry
 

@@ -23,7 +23,7 @@ _NO_ANSWER = "the end of input has come; no answer can"
 
 
 class Call:
-    """One request from its receipt to its reply; see also `Caller`.
+    """One request from its receipt to its reply.
 
     For its handler: `request` and its `size` in bytes; `limiter`, if it acquires further slots; `describe(error)`, an
     exception as a reply shows it; `meter`, whose `summary()` goes into meta; `slot_transferred`, set by a call that has
@@ -60,21 +60,25 @@ class Call:
 
     @property
     def ends(self) -> float | None:
+        """Its deadline in seconds of `time.monotonic`, or None."""
         # The loop's clock is `time.monotonic`.
         return None if self.deadline is None else self.deadline.when()
 
     async def stream_item(self, item: dict[str, Any]) -> None:
+        """Send an item of the stream; returns when the client can take more."""
         self._send_item(item)
         while not self.answered and (room := self._channel.room()) is not None:
             await room
 
     def stream_item_threadsafe(self, item: dict[str, Any]) -> None:
+        """The same without waiting, from any thread."""
         if threading.get_ident() == self._channel.thread:
             self._send_item(item)  # now, to keep the order of this thread's items
         else:
             self._channel.loop.call_soon_threadsafe(self._send_item, item)
 
     async def call_tool(self, name: str, args: dict[str, Any]) -> Any:
+        """The result of one of the client's tools. Raises `ToolFailed`."""
         if self.answered:
             import asyncio
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Handler = Callable[[dict[str, Any], Call], Any]
 
 # A longer deadline counts as none, which keeps huge numbers out of the loop's clock.
-_LONGEST_MS = 10 * 365 * 86_400_000
+LONGEST_MS = 10 * 365 * 86_400_000
 
 
 class Dispatcher:
@@ -98,8 +98,7 @@ class Dispatcher:
         try:
             request = messages.decode(frame)
         except messages.MessageError as error:
-            error_type = "invalid_json" if isinstance(error, messages.NotJSON) else "invalid_request"
-            return self._reject(frame, error.id, messages.failure(error_type, error_replies.one_line(str(error))))
+            return self._reject(frame, error.id, messages.failure(error.error_type, error_replies.one_line(str(error))))
         if isinstance(request, messages.ToolResult) and not self._channel.made_call(request.call_id):
             text = error_replies.one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
             return messages.encode_failure(None, messages.failure("invalid_request", text))
@@ -140,11 +139,11 @@ class Dispatcher:
         """The number of requests without a reply."""
         return self._open + len(self._inbox)
 
-    def load(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """`{"in_flight", "queued", "commands": {name: {"count", "errors", "p50_ms", "p99_ms"}}}`."""
         return {
             "in_flight": self._limiter.running,
-            "queued": self._limiter.waiting,
+            "queued": len(self._limiter.waiting),
             "commands": self._replies.summaries(),
         }
 
@@ -211,12 +210,12 @@ class Dispatcher:
         limited = call.request.command in self._limited
         if limited and self._limiter.full:
             call.work.close()  # else Python warns that it was never awaited
-            load = f"{self._limiter.running} calls are running and {self._limiter.waiting} are waiting"
+            load = f"{self._limiter.running} calls are running and {len(self._limiter.waiting)} are waiting"
             self._answer(call, None, Overloaded(load))
             return
         self._calls[call.id] = call
         timeout_ms = call.request.timeout_ms
-        if timeout_ms is not None and timeout_ms < _LONGEST_MS:
+        if timeout_ms is not None and timeout_ms < LONGEST_MS:
             late = TimedOut(f"not finished within {timeout_ms:g} ms")
             call.deadline = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
         if limited:

@@ -20,24 +20,18 @@ class Limiter:
         self._max_waiting = max_waiting
         self.running = 0
         # Ordered, and a waiter that leaves is found at once.
-        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self.waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
 
     @property
     def full(self) -> bool:
-        """Whether all slots are taken and no more waiters fit."""
-        return self.running >= self.max_running and len(self._waiting) >= self._max_waiting
-
-    @property
-    def waiting(self) -> int:
-        """How many wait for a slot."""
-        return len(self._waiting)
+        return self.running >= self.max_running and len(self.waiting) >= self._max_waiting
 
     def slot(self) -> asyncio.Future[None]:
         """A slot to wait for: the caller must `leave` it, or `release` it once it is done."""
         import asyncio
 
         slot = asyncio.get_running_loop().create_future()
-        self._waiting[slot] = None
+        self.waiting[slot] = None
         self._grant()
         return slot
 
@@ -46,7 +40,7 @@ class Limiter:
         if slot.done() and not slot.cancelled():
             self.release()
         else:
-            self._waiting.pop(slot, None)
+            self.waiting.pop(slot, None)
 
     def release(self) -> None:
         """Free a slot; the next waiter gets it."""
@@ -54,7 +48,6 @@ class Limiter:
         self._grant()
 
     async def acquire(self) -> None:
-        """Wait for a slot."""
         slot = self.slot()
         try:
             await slot
@@ -63,8 +56,8 @@ class Limiter:
             raise
 
     def _grant(self) -> None:
-        while self._waiting and self.running < self.max_running:
-            slot, _ = self._waiting.popitem(last=False)
+        while self.waiting and self.running < self.max_running:
+            slot, _ = self.waiting.popitem(last=False)
             if not slot.done():
                 self.running += 1
                 slot.set_result(None)

@@ -81,7 +81,6 @@ class ReplyEncoder:
         return payload
 
     def describe(self, error: BaseException) -> dict[str, Any]:
-        """As `error_replies.describe`."""
         return error_replies.describe(error, self._log_exception)
 
     def summaries(self) -> dict[str, dict[str, int | float]]:

@@ -45,7 +45,6 @@ class Name:
 
     @property
     def there(self) -> bool:
-        """Whether it can be used."""
         return self.value is not None or self.dotted not in degraded
 
     @property

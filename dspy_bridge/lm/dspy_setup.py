@@ -17,7 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import dspy
 
-from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed
+from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed, refuse_unknown
 
 if not hasattr(dspy, "lm15"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
@@ -61,7 +61,7 @@ class LMs:
         # A cache on disk is waited for.
         steps = dspy_internals.STEPS + (dspy_internals.CACHE_STEPS if settings.disk_cache is None else [])
         inline_executor.allow(step.value for step in steps if step.there)
-        redaction.learn_environment()
+        redaction.learn(dict(os.environ), for_good=True)
         redaction.learn(settings.lm_options, for_good=True)
         self.settings = settings
         self._configure(settings)
@@ -133,13 +133,11 @@ class LMs:
         """A new adapter: by name, or `{"name": "two_step", "extraction_model": {"model": …}}`. Raises `InvalidArgs`."""
         if isinstance(given, str) and given in _ADAPTERS:
             return _ADAPTERS[given]()
-        two_step = '{"name": "two_step", "extraction_model": {"model": …}}'
         if not isinstance(given, dict) or given.get("name") != "two_step":
+            two_step = '{"name": "two_step", "extraction_model": {"model": …}}'
             raise InvalidArgs(f"adapter: expected one of {', '.join(ADAPTERS)}, or {two_step}")
-        model = given.get("extraction_model")
-        if not isinstance(model, (dict, str)) or given.keys() != {"name", "extraction_model"}:
-            raise InvalidArgs(f"adapter: expected {two_step}")
-        return dspy.TwoStepAdapter(self.lm(model, "adapter.extraction_model"))
+        refuse_unknown(given, ("name", "extraction_model"), "adapter")
+        return dspy.TwoStepAdapter(self.lm(given.get("extraction_model"), "adapter.extraction_model"))
 
     @contextmanager
     def context(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import dspy
 
 from dspy_bridge import tracing
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.lm.rate_limits import Lane
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.runtime.worker_threads import Job
@@ -55,7 +55,7 @@ class RunContext:
     refused. `steps`: calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone.
     """
 
-    def __init__(self, deadline: float | None, call: Caller | None = None) -> None:
+    def __init__(self, deadline: float | None, call: Call | None = None) -> None:
         self.deadline = deadline
         self.call: Any = call
         self.meter: Any = None
@@ -148,17 +148,14 @@ class LMCall:
             _waiting.add(self)
 
     def end_wait(self) -> None:
-        """It waits no longer: its next request is sent, or it has ended."""
         self._waited, self._waiting_since = self.waited(time.monotonic()), None
         _waiting.discard(self)
 
     def waited(self, until: float) -> float:
-        """How long it has waited until then."""
         since = self._waiting_since
         return self._waited + (0.0 if since is None else max(0.0, until - since))
 
     def chunk(self) -> None:
-        """A piece of a streamed answer was received."""
         if self.first_chunk is None:
             self.first_chunk = time.monotonic()
 
@@ -170,7 +167,6 @@ _waiting: set[LMCall] = set()
 
 
 def waiting() -> int:
-    """How many calls of LMs wait for the limits of their account."""
     return len(_waiting)
 
 

@@ -60,8 +60,6 @@ class Bucket:
 class Ticket:
     """A request, from its wait to the end of its answer. `settle`: called once, when it may go (None) or is refused."""
 
-    __slots__ = ("deadline", "lane", "running", "settle")
-
     def __init__(self, lane: Lane, deadline: float | None, settle: Callable[[Overloaded | None], object]) -> None:
         """`deadline`: in seconds of the gate's clock; None for none."""
         self.lane = lane

@@ -7,13 +7,10 @@ its type and its places in the code are logged, of a library's record its place.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
 import traceback
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import logging
 
 # Their records may quote what they work on.
 _LIBRARIES = ("dspy", "litellm")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+from collections.abc import Callable
+from typing import Any
 
 _LIBRARIES = ("dspy", "gepa", "optuna", "py.warnings")
 
@@ -27,18 +24,6 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-class _Records(logging.Filter):
-    """On a handler."""
-
-    def __init__(self, dropped: Callable[[], bool]) -> None:
-        super().__init__()
-        self._dropped = dropped
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        ours = record.name.startswith(_LIBRARIES)
-        return not (ours and self._dropped())
-
-
 _installed = False
 
 
@@ -52,4 +37,4 @@ def drop_where(dropped: Callable[[], bool]) -> None:
         if (stream := getattr(sys, name)) is not None:
             setattr(sys, name, _Stream(stream, dropped))
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_Records(dropped))
+        handler.addFilter(lambda record: not (record.name.startswith(_LIBRARIES) and dropped()))

@@ -7,16 +7,13 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 from dspy_bridge import tracing
 from dspy_bridge.logs import content_filter, redaction
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    # Level, logger, message, and the traceparent if there is one.
-    SendRecord = Callable[[str, str, str, str | None], None]
+# Level, logger, message, and the traceparent if there is one.
+SendRecord = Callable[[str, str, str, str | None], None]
 
 logger = logging.getLogger("dspy_bridge")
 
@@ -34,19 +31,6 @@ class _Redacted(logging.Formatter):
         return redaction.redact(super().format(content_filter.without_contents(record)))
 
 
-class _Diverted(logging.Filter):
-    """On a logger: sends its records to our handler and to no other."""
-
-    def __init__(self, handler: logging.Handler) -> None:
-        super().__init__()
-        self._handler = handler
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno >= self._handler.level:
-            self._handler.handle(record)
-        return False
-
-
 class _Queued(logging.Handler):
     """Writes on a thread of its own, so that a slow reader does not block the code that logs.
 
@@ -54,8 +38,9 @@ class _Queued(logging.Handler):
     reentrant too. The queue is bounded; further records are dropped and counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, write: SendRecord) -> None:
         super().__init__()
+        self._write = write
         self._items: queue.SimpleQueue[tuple[int, str, str, str, str | None]] = queue.SimpleQueue()
         # Each is changed by one side alone: these two within the handler's lock, the others by the thread.
         self._taken = self._dropped = 0
@@ -92,29 +77,14 @@ class _Queued(logging.Handler):
                 self._write("warning", logger.name, self.format(record), None)
             self._written += size
 
-    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
-        raise NotImplementedError
 
-
-class _Stderr(_Queued):
-    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
-        rest = (text + "\n").encode("utf-8", "replace")
-        try:
-            while rest:
-                rest = rest[os.write(2, rest) :]
-        except OSError:
-            pass  # nobody reads the log; replies must not depend on it
-
-
-class _Frames(_Queued):
-    """Sends each record, with its traceback, as one frame."""
-
-    def __init__(self, send: SendRecord) -> None:
-        self._send = send
-        super().__init__()
-
-    def _write(self, level: str, name: str, text: str, traceparent: str | None) -> None:
-        self._send(level, name, text, traceparent)
+def _to_stderr(_level: str, _name: str, text: str, _traceparent: str | None) -> None:
+    rest = (text + "\n").encode("utf-8", "replace")
+    try:
+        while rest:
+            rest = rest[os.write(2, rest) :]
+    except OSError:
+        pass  # nobody reads the log; replies must not depend on it
 
 
 # At debug level these log whole prompts and answers.
@@ -124,29 +94,28 @@ _OWN_HANDLERS = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
 
 
 def setup(level: str, send: SendRecord | None) -> None:
-    """Send records of `level` and above to stderr, or as frames through `send`, which may wait for their reader.
-
-    Later calls change nothing.
-    """
+    """Send records to stderr, or as frames through `send`, which may wait. Later calls change nothing."""
     root = logging.getLogger()
     if any(isinstance(handler.formatter, _Redacted) for handler in root.handlers):
         return
-    handler: logging.Handler
-    if send is None:
-        handler = _Stderr()
-        handler.setFormatter(_Redacted(f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s%(of_trace)s: %(message)s"))
-    else:
-        handler = _Frames(send)
-        handler.setFormatter(_Redacted("%(message)s"))
+    handler = _Queued(send or _to_stderr)
+    line = f"dspy_bridge[{os.getpid()}] %(levelname)s %(name)s%(of_trace)s: %(message)s"
+    handler.setFormatter(_Redacted(line if send is None else "%(message)s"))
     # Also the handler: dspy's logger has a level of its own.
     handler.setLevel(level.upper())
     root.addHandler(handler)
     root.setLevel(level.upper())
+
+    def divert(record: logging.LogRecord) -> bool:
+        if record.levelno >= handler.level:
+            handler.handle(record)
+        return False
+
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(max(logging.INFO, root.level))
     for name in _OWN_HANDLERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
-        logging.getLogger(name).addFilter(_Diverted(handler))
+        logging.getLogger(name).addFilter(divert)  # to our handler, and to no other
     logging.captureWarnings(True)
 
 

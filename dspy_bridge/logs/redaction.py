@@ -5,14 +5,10 @@ A provider's error may echo the API key, whole or in part.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import OrderedDict
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 MASK = "[redacted]"
 _SECRET_NAME = re.compile(r"(key|token|secret|password|authorization|credential)s?$", re.IGNORECASE)
@@ -84,11 +80,6 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_secrets(item) for item in value]
     return redact(value) if isinstance(value, str) else value
-
-
-def learn_environment() -> None:
-    """Remember the secrets in the environment: values of `OPENAI_API_KEY`, `HF_TOKEN` and their like."""
-    learn(dict(os.environ), for_good=True)
 
 
 def redact(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import pydantic
 from pydantic import Field
@@ -16,15 +16,6 @@ OPTIMIZERS = get_args(Optimizer)
 LM_ROLES = ("prompt_lm", "teacher_lm", "reflection_lm")
 # numpy's generators take no more.
 MAX_SEED = 2**32 - 1
-
-
-def _lm(value: object) -> object:
-    if not isinstance(value, (str, dict)):
-        raise validation_errors.unfit('expected text such as "openai/gpt-4o-mini", or an object with model')
-    return value
-
-
-LM = Annotated[Any, pydantic.AfterValidator(_lm)]
 
 
 class _Strict(pydantic.BaseModel):
@@ -49,21 +40,20 @@ class Valset(_Strict):
 
 
 class Optimize(_Strict):
-    """What is to be run. `options` are not checked yet; an LM is given as `lm` of a request."""
+    """What is to be run. `options` are not checked yet; nor the LMs."""
 
     optimizer: Optimizer
     options: dict[str, Any] = {}
     valset: Valset | None = None
     num_threads: int = Field(default=8, ge=1, le=64)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    prompt_lm: LM = None
-    teacher_lm: LM = None
-    reflection_lm: LM = None
+    prompt_lm: Any = None
+    teacher_lm: Any = None
+    reflection_lm: Any = None
     budget: Budget = Budget()
 
     @property
     def lms(self) -> dict[str, Any]:
-        """Those that were given, by role."""
         given = {role: getattr(self, role) for role in LM_ROLES}
         return {role: lm for role, lm in given.items() if lm is not None}
 

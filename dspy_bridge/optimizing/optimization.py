@@ -9,7 +9,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors
@@ -34,7 +34,7 @@ async def run(
     given: Optimize,
     program: Program,
     args: dict[str, Any],
-    call: Caller,
+    call: Call,
     limiter: Limiter,
     threads: WorkerThreads,
     *,
@@ -42,9 +42,7 @@ async def run(
 ) -> dict[str, Any]:
     """`{"state", "score", "baseline", "candidates", "stopped", "lm_calls", "metric_calls"}`.
 
-    `program`: one that nobody else has; it is changed. `args`: of the execute.
-
-    Raises `BridgeError`; any other exception is a defect.
+    `program`: one that nobody else has; it is changed. Raises `BridgeError`; any other exception is a defect.
     """
     inputs, expected = args["inputs"], args.get("expected")
     await large_inputs.in_thread(lambda: optimizers.check(given, len(inputs)))
@@ -88,7 +86,7 @@ class _Job:
     async def run(self, lm: object, threads: WorkerThreads) -> dict[str, Any]:
         loop, run = asyncio.get_running_loop(), self._run
         large_inputs.here.set(self._large)
-        with self._program.optimizing(lm, run, run.call):
+        with self._program.optimizing(lm, run):
             # In the context: it has the settings.
             work = loop.create_task(threads.run(self._optimize))
         # If the run ends, nobody reads how its thread did.
@@ -137,7 +135,7 @@ class _Job:
             return self._candidates.result(made)
 
 
-def _send(call: Caller, item: dict[str, Any]) -> None:
+def _send(call: Call, item: dict[str, Any]) -> None:
     """An item of the stream; waits until the client can take more."""
     job = worker_threads.current.get()
     if job is None or "candidate" not in item:

@@ -103,9 +103,7 @@ def compile(
 ) -> dspy.Module:
     """The student optimized, after `check`: a module of the same kind. Blocks; the LM is that of `dspy.context`.
 
-    `metrics`: has the metric as `score`, `simba` and `gepa`.
-
-    SIMBA writes into the teacher's LM. Raises what DSPy raises.
+    `metrics`: has the metric as `score`, `simba` and `gepa`. Raises what DSPy raises.
     """
     cls = _CLASSES[given.optimizer]
     of_constructor, takes = inspect.signature(cls).parameters, _takes(given.optimizer)

@@ -13,7 +13,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import lm_call
@@ -37,10 +37,9 @@ class Run(lm_call.RunContext):
 
     examples_once = True
 
-    def __init__(self, call: Caller, limiter: Limiter, budget: Budget) -> None:
+    def __init__(self, call: Call, limiter: Limiter, budget: Budget) -> None:
         """On the event loop."""
-        super().__init__(call.ends)
-        self.call = call
+        super().__init__(call.ends, call)
         # Of `student`, which finds itself by the run.
         self.student: Any = None
         # In a thread: the program that it has run last.
@@ -95,12 +94,10 @@ class Run(lm_call.RunContext):
             raise Ended
 
     def not_sent(self) -> None:
-        """Take a request back."""
         with self._lock:
             self.lm_calls -= 1
 
     def spend(self, tokens: int) -> None:
-        """Count the tokens of an answer."""
         with self._lock:
             self.tokens += tokens
             spent = self._budget.tokens is not None and self.tokens >= self._budget.tokens
@@ -108,7 +105,6 @@ class Run(lm_call.RunContext):
             self.end("tokens")
 
     def count_metric_call(self) -> None:
-        """Count a call of the metric."""
         with self._lock:
             self.metric_calls += 1
 

@@ -112,10 +112,7 @@ def _handle_signals(reading: int) -> threading.Event:
 
 
 def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float, idle_read: int, idle_write: int) -> None:
-    """Wait until received work is done and its replies are written, unless nobody reads them.
-
-    `idle_read`, `idle_write`: an empty pipe.
-    """
+    """Wait for received work and the writing of its replies, unless nobody reads them. `idle_*`: an empty pipe."""
     end = time.monotonic() + seconds
     dispatcher.when_idle(lambda: os.write(idle_write, b"."))
     poller = select.poll()

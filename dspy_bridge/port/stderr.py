@@ -6,7 +6,6 @@ import os
 
 
 def log(line: str) -> None:
-    """Write one log line."""
     _write(f"dspy_bridge[{os.getpid()}]: {line}\n")
 
 

@@ -46,10 +46,7 @@ def raise_oom_score() -> None:
 
 
 def take() -> tuple[int, int]:
-    """Move stdin and stdout away; returns `(reading, writing)`, which child programs do not inherit.
-
-    Raises `OSError` if one of them is closed.
-    """
+    """Move stdin and stdout away; returns `(reading, writing)`. Raises `OSError` if one of them is closed."""
     # At least 3: of the standard three one may be closed, and a copy would take its number.
     reading, writing = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1))
     # It may be inherited as non-blocking, where a read that finds nothing raises.

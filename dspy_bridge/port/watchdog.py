@@ -44,10 +44,7 @@ _ask = _answer = -1
 
 
 def start(reading: int, writing: int) -> tuple[int, int]:
-    """Fork the watchdog, which watches these two descriptors; returns those that no child may inherit.
-
-    Call it once, before there are threads.
-    """
+    """Fork the watchdog, before there are threads; returns descriptors that no child may inherit."""
     global _peer, _ask, _answer
     _peer = os.getpid()
     # With the time, as a later peer may have the same pid.
@@ -78,7 +75,6 @@ def start(reading: int, writing: int) -> tuple[int, int]:
 
 
 def _end() -> None:
-    """The last exit handler."""
     end_children()
     if os.getpid() == _peer and served:
         sys.stdout.flush()
@@ -164,7 +160,6 @@ def _kill_descendants(root: int | None) -> None:
 
 
 def _descendants(root: int | None) -> set[int]:
-    """The descendants of `root`, and all processes with the mark."""
     import psutil
 
     children: dict[int, list[int]] = {}

@@ -8,8 +8,8 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.caller import Caller, item_ends
 from dspy_bridge.dispatch import error_replies
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_call, lm_options
 from dspy_bridge.lm.adapters import corrections, field_markers
@@ -27,10 +27,7 @@ _MOST_TOLD = 300
 
 
 class Program:
-    """A loaded program. Its runs may overlap: DSPy's modules keep no state of a call.
-
-    `of_dspy`: whether its module is DSPy's own.
-    """
+    """A loaded program, whose runs may overlap. `of_dspy`: whether its module is DSPy's own."""
 
     def __init__(self, definition: dict[str, Any], lms: dspy_setup.LMs, threads: WorkerThreads) -> None:
         """`definition`: the arguments of `create_program`. Raises `InvalidArgs` or `NotAllowed`."""
@@ -67,7 +64,6 @@ class Program:
         return saved_state.dump(self.runner.module if module is None else module, self._saved_lm)
 
     def read_metric(self, given: dict[str, Any]) -> scores.Metric:
-        """A metric for this program. Raises `InvalidArgs`."""
         return scores.read_metric(given, self._contract.signature)
 
     def expected(
@@ -107,12 +103,9 @@ class Program:
         return outputs
 
     @contextmanager
-    def optimizing(self, lm: object, run: lm_call.RunContext, call: Caller) -> Iterator[None]:
-        """The settings of an optimization. `lm`: None for the program's own.
-
-        Raises `LMNotConfigured` or `InvalidArgs`.
-        """
-        run.call, run.refuses_cut_off = call, not self._allow_truncated
+    def optimizing(self, lm: object, run: lm_call.RunContext) -> Iterator[None]:
+        """The settings of an optimization; `lm` as in `call`. Raises `LMNotConfigured` or `InvalidArgs`."""
+        run.refuses_cut_off = not self._allow_truncated
         found = self._lm_for({}, lm)[1] or dspy.settings.lm
         # Optimizers write into its settings.
         own = found and found.copy()
@@ -128,14 +121,16 @@ class Program:
         inputs: dict[str, Any],
         config: dict[str, Any] | None,
         lm: object,
-        call: Caller,
+        call: Call,
         *,
         stream: bool,
+        ends: float | None = None,
         attempts: int = 1,
         large: bool = False,
     ) -> dict[str, Any]:
         """Run on `inputs` and return the output fields. `large`: whether these are large.
 
+        `ends`: when an item of a batch ends, in seconds of `time.monotonic`; None for the deadline of the call.
         `attempts`: how often an LM is asked at most for each answer, if it does not fit. Raises `BridgeError`; any
         other exception is a defect.
         """
@@ -151,7 +146,6 @@ class Program:
         of_dspy = {"config": config or self._config, "lm": lm or self._lm, "adapter": two_step}
         # The arguments that became settings of DSPy's modules.
         given = [name for name, value in of_dspy.items() if value and self.of_dspy]
-        ends = item_ends.get()
         run = lm_call.RunContext(call.ends if ends is None else ends, call)
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         try:
@@ -161,7 +155,7 @@ class Program:
             raise dspy_errors.translate(error, given) from error
         return self._fitting(outputs)
 
-    def _attempts(self, most: int, call: Caller, streaming: Stream | None) -> corrections.Attempts:
+    def _attempts(self, most: int, call: Call, streaming: Stream | None) -> corrections.Attempts:
         """How a run asks again for answers that do not fit."""
 
         def fits(signature: Any, fields: dict[str, Any]) -> None:

@@ -157,7 +157,6 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
 
 
 def is_parameter(arg: str) -> bool:
-    """Whether a Python function can have a parameter of that name."""
     return arg.isidentifier() and not keyword.iskeyword(arg)
 
 

@@ -35,7 +35,6 @@ class Runner:
         return hasattr(self.module, "aforward") and not large_inputs.here.get()
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
-        """One call; returns the prediction."""
         module = self.module
         if self.on_loop:
             return await module.acall(**values)
@@ -176,7 +175,6 @@ class CodeRunner(Runner):
         return await threads.run(lambda: sandbox.run(lambda: self.module(**self._complete(values))))
 
     def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
-        """As `Runner`'s."""
         return sandbox.run(lambda: kind.forward(module, **self._complete(values)))
 
     def _complete(self, values: dict[str, Any]) -> dict[str, Any]:

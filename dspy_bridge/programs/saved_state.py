@@ -50,7 +50,7 @@ class _Saved(TypedDict):
 
 
 _SAVED = pydantic.TypeAdapter(_Saved)
-_CLOUDPICKLE = packages.version("cloudpickle")
+_CLOUDPICKLE = ".".join(packages.version("cloudpickle").split(".")[:2])
 
 
 def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | None:
@@ -90,7 +90,8 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     given = _by_predictor(module, state)
     for name, parameter in wanted.items():
         _check(given[name], parameter.signature.fields, "state" if flat else f"state.{name}")
-    lms = [_settings_of(saved["lm"]) for saved in given.values() if saved.get("lm") is not None]
+    found = [saved["lm"] for saved in given.values() if saved.get("lm") is not None]
+    lms = [{name: value for name, value in lm.items() if name in _LM_SETTINGS} for lm in found]
     if any(lm != lms[0] for lm in lms) or len(lms) not in (0, len(given)):
         raise InvalidArgs("state: its predictors have different LMs; expected one, or none")
     # A predictor's own LM would win over that of a call.
@@ -112,8 +113,8 @@ def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
         name: {**saved, "lm": lm or redaction.without_secrets(saved.get("lm"))}
         for name, saved in _by_predictor(module, module.dump_state()).items()
     }
-    python, cloudpickle = (".".join(version.split(".")[:2]) for version in (platform.python_version(), _CLOUDPICKLE))
-    metadata = {"dependency_versions": {"python": python, "dspy": dspy.__version__, "cloudpickle": cloudpickle}}
+    python = ".".join(platform.python_version_tuple()[:2])
+    metadata = {"dependency_versions": {"python": python, "dspy": dspy.__version__, "cloudpickle": _CLOUDPICKLE}}
     return {**(state["self"] if _is_flat(module) else state), "metadata": metadata}
 
 
@@ -124,14 +125,6 @@ def _is_flat(module: dspy.Module) -> bool:
 
 def _by_predictor(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any]:
     return {"self": state} if _is_flat(module) else state
-
-
-def _settings_of(lm: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are taken from a saved LM. Raises `InvalidArgs`."""
-    if "://" in str(lm.get("model")):
-        # Some providers take an address as the model.
-        raise InvalidArgs("state: lm.model: expected a name; no address is taken from a state")
-    return {name: value for name, value in lm.items() if name in _LM_SETTINGS}
 
 
 def read_demos(

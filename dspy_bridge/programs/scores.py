@@ -5,14 +5,13 @@ Metrics of evaluations and optimizations compare it with what is expected; rewar
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import dspy
 import jiter
-from dspy.evaluate import EM, normalize_text
+from dspy.evaluate import metrics
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import InvalidArgs, ToolFailed
 from dspy_bridge.lm import lm_call
 from dspy_bridge.runtime import worker_threads
@@ -36,7 +35,7 @@ class Metric:
         self,
         example: dict[str, Any],
         outputs: dict[str, Any],
-        call: Caller,
+        call: Call,
         purpose: str = "score",
         predictor: dict[str, Any] | None = None,
     ) -> tuple[float, str | None]:
@@ -58,9 +57,7 @@ class Metric:
         got, wanted = _text(got), _text(wanted)
         if self._match == "contains":
             return float(wanted in got)
-        if self._match == "exact_match":
-            return float(EM(got, [wanted]))
-        return _f1(normalize_text(got).split(), normalize_text(wanted).split())
+        return float((metrics.EM if self._match == "exact_match" else metrics.F1)(got, [wanted]))
 
 
 class Reward:
@@ -172,15 +169,6 @@ def _read_score(value: Any, tool: str) -> tuple[float, str | None]:
     if score is None or not (feedback is None or isinstance(feedback, str)):
         raise ToolFailed(f'{tool}: expected a number, a boolean or {{"score": number, "feedback": text}} as the score')
     return score, feedback
-
-
-def _f1(got: list[str], wanted: list[str]) -> float:
-    """As DSPy's, which it does not export, and which prints a warning if there are no words."""
-    common = sum((Counter(got) & Counter(wanted)).values())
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(got), common / len(wanted)
-    return 2 * precision * recall / (precision + recall)
 
 
 def _text(value: Any) -> str:

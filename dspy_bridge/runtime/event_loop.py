@@ -11,10 +11,10 @@ import asyncio
 import contextvars
 import selectors
 import time
-from collections.abc import Callable
 from typing import Any
 
 from dspy_bridge.errors import BridgeError
+from dspy_bridge.runtime.daemon_threads import DaemonThreads
 from dspy_bridge.runtime.inline_executor import InlineExecutor
 
 
@@ -27,7 +27,6 @@ class WatchedSelector(selectors.DefaultSelector):
         self.turn_began: float | None = None
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """As any selector's."""
         self.turn_began = None
         ready = super().select(timeout)
         self.turn_began = time.monotonic()
@@ -37,22 +36,17 @@ class WatchedSelector(selectors.DefaultSelector):
 class EventLoop(asyncio.SelectorEventLoop):
     """Callbacks of descriptors get an empty context, as transports need none."""
 
-    def __init__(self) -> None:
+    def __init__(self, executor: DaemonThreads | None = None) -> None:
+        """`executor`: the default one; an `InlineExecutor` if it is None."""
         self.watched = WatchedSelector()
         super().__init__(self.watched)
-        self.set_default_executor(InlineExecutor())
-
-    _run_inline: Callable[[Any, Callable[[], asyncio.Future[Any]]], asyncio.Future[Any] | None] | None = None
-
-    def set_default_executor(self, executor: Any) -> None:
-        """As asyncio's; an `InlineExecutor` is asked first."""
-        super().set_default_executor(executor)
-        self._run_inline = getattr(executor, "run_inline", None)
+        self._executor = executor or InlineExecutor()
+        self.set_default_executor(self._executor)
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]  # any callable
         """As asyncio's; the future may be done already."""
-        if executor is None and not args and self._run_inline is not None:
-            future = self._run_inline(func, self.create_future)
+        if executor is None and not args and isinstance(self._executor, InlineExecutor):
+            future = self._executor.run_inline(func, self.create_future)
             if future is not None:
                 return future
         return super().run_in_executor(executor, func, *args)

@@ -10,16 +10,13 @@ provider's library.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from types import FunctionType, MethodType
+from typing import Any
 
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable, Iterable
-    from concurrent.futures import Future
-    from typing import Any
 
 _steps: frozenset[FunctionType] = frozenset()
 # The most kinds of steps that are remembered, as a client may use any number of model names.
@@ -42,7 +39,6 @@ class InlineExecutor(DaemonThreads):
         self._ran: set[Any] = set()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As `ThreadPoolExecutor.submit`."""
         future = super().submit(fn, *args, **kwargs)
         if (kind := _kind(fn)) is not None:
             if len(self._ran) >= _MOST:

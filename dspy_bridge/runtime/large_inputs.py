@@ -8,19 +8,15 @@ event loop. Does not import DSPy.
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import threading
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 from dspy_bridge.runtime.event_loop import EventLoop
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -28,7 +24,7 @@ T = TypeVar("T")
 # for some 0.2 s.
 LARGE = 1 << 18
 # A disk that hangs can block all of them: then only runs with files or large inputs wait.
-_READERS = 8
+_readers = DaemonThreads(8, "dspy_bridge-reader")
 
 # Whether the run of this context has large inputs.
 here: ContextVar[bool] = ContextVar("large", default=False)
@@ -48,12 +44,7 @@ def names_file(value: Any) -> bool:
 
 async def in_thread(work: Callable[[], T]) -> T:
     """Run `work`, which reads files or checks large inputs, in a thread. Cancelling does not stop it."""
-    return await asyncio.get_running_loop().run_in_executor(_readers(), work)
-
-
-@functools.cache
-def _readers() -> DaemonThreads:
-    return DaemonThreads(_READERS, "dspy_bridge-reader")
+    return await asyncio.get_running_loop().run_in_executor(_readers, work)
 
 
 # Between two collections, in seconds; one takes some 10 ms.
@@ -78,9 +69,8 @@ def loop() -> asyncio.AbstractEventLoop:
     global _loop
     with _starting:
         if _loop is None:
-            _loop = EventLoop()
             # Steps with large values are not short.
-            _loop.set_default_executor(DaemonThreads(64, "dspy_bridge-large-hop"))
+            _loop = EventLoop(DaemonThreads(64, "dspy_bridge-large-hop"))
             threading.Thread(target=_run, args=(_loop,), name="dspy_bridge-large", daemon=True).start()
         return _loop
 

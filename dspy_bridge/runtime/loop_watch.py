@@ -71,10 +71,7 @@ class LoopWatch:
 
 
 def _step(thread: int) -> tuple[FrameType, str] | None:
-    """What a thread runs: the outermost coroutine's frame, and the place of the innermost one.
-
-    None while it imports a module, or waits for one.
-    """
+    """The frame of a thread's outermost coroutine, and the place of its innermost one; None during an import."""
     frame = first = sys._current_frames().get(thread)
     coroutines: list[FrameType] = []
     while frame is not None:

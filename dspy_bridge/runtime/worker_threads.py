@@ -30,8 +30,6 @@ SWITCH_INTERVAL = 0.0005
 
 
 class Job:
-    """A call in a worker thread."""
-
     def __init__(self, loop: asyncio.AbstractEventLoop, lm_loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._lm_loop = lm_loop
@@ -92,7 +90,6 @@ current: ContextVar[Job | None] = ContextVar("job", default=None)
 
 
 def current_job() -> Job:
-    """The job of this worker thread."""
     job = current.get()
     assert job is not None, "expected to run in a worker thread"
     return job

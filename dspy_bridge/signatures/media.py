@@ -49,10 +49,7 @@ _FIRST_ERROR = _FirstError()
 
 
 def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) -> Any:
-    """The annotation, with converters for DSPy's types in it.
-
-    `files_dir`: the folder for paths. `turn`: checks the turns of a history.
-    """
+    """The annotation with converters. `files_dir`: the folder for paths. `turn`: checks the turns of a history."""
     if annotation is dspy.History:
         return Annotated[annotation, pydantic.BeforeValidator(lambda value: _history(value, turn))]
     read = _READERS.get(annotation) if isinstance(annotation, type) else None
@@ -68,7 +65,6 @@ def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) 
 
 
 def validators(fields: Mapping[str, Any], files_dir: str | None) -> dict[str, pydantic.TypeAdapter[Any]]:
-    """Of a signature's fields."""
     return {
         name: pydantic.TypeAdapter(accepting(field.rebuild_annotation(), files_dir)) for name, field in fields.items()
     }

@@ -49,10 +49,7 @@ _STRING_OR_ANGLE = re.compile(r"""'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|[<>]""",
 
 
 def read_type(value: object, where: str) -> Any:
-    """The annotation for a type in a request: a string, a JSON Schema object, or None for `str`.
-
-    Raises `InvalidArgs`, which names `where` or a place in it.
-    """
+    """The annotation for a type in a request: a string, a JSON Schema, or None for `str`. Raises `InvalidArgs`."""
     if value is None:
         return str
     if isinstance(value, str):

@@ -77,10 +77,7 @@ class Contract:
         return values
 
     def check_outputs(self, outputs: dict[str, Any]) -> None:
-        """Validate, in place, the constraints of outputs that DSPy does not check.
-
-        Raises `OutputInvalid`, which names the field.
-        """
+        """Validate, in place, constraints that DSPy does not check. Raises `OutputInvalid`, which names the field."""
         for name in self._nullable:
             if isinstance(outputs.get(name), str) and outputs[name].strip() in _NULL:
                 outputs[name] = None

@@ -3,7 +3,7 @@
 DSPy's own `StreamListener` does not decode JSON escapes and XML entities, and loses text around `[[` and quotes. Here
 the chunks of a field, joined, are the value that DSPy's parser returns at the end. Where that is impossible (DSPy
 repairs invalid JSON, for example) a parser stops: usually it has emitted the beginning of the field, and the rest is
-sent at the end (`rest`).
+sent at the end.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ import jiter
 
 # A field and its next characters.
 Chunk = tuple[str, str]
-
-
-def rest(sent: str, whole: str) -> str:
-    """The unsent rest of a field; empty if something else was sent."""
-    return whole[len(sent) :] if whole.startswith(sent) else ""
 
 
 class _Stripped:
@@ -47,28 +42,17 @@ class _Stripped:
         self._held = []
 
 
-class Reader:
-    """Parses one answer for `fields`."""
-
-    def __init__(self, fields: Iterable[str]) -> None:
-        self.fields = frozenset(fields)
-
-    def feed(self, piece: str) -> Iterator[Chunk]:
-        """The chunks that are complete with this piece of the answer."""
-        raise NotImplementedError
-
-
 # A field's header, at the beginning of a line, and an unfinished one.
 _HEADER = re.compile(r"(\s{0,200})\[\[ ## (\w+) ## \]\]")
 _PARTS = (r"\[", r"\[", " ", "#", "#", " ", r"\w{1,200}", " ", "#", "#", " ", r"\]", r"\]")
 _BEGUN_HEADER = re.compile(r"\s{0,200}" + "".join(f"(?:{part}" for part in _PARTS) + ")?" * len(_PARTS))
 
 
-class ChatReader(Reader):
+class ChatReader:
     """Parses `[[ ## field ## ]]` headers and values line by line, like `dspy.ChatAdapter`."""
 
     def __init__(self, fields: Iterable[str]) -> None:
-        super().__init__(fields)
+        self._fields = frozenset(fields)
         self._seen: set[str] = set()
         self._field: str | None = None
         self._text = _Stripped()
@@ -91,7 +75,7 @@ class ChatReader(Reader):
             header = _HEADER.match(text)
             if header is not None:
                 # The first occurrence of a field counts.
-                self._field = header[2] if header[2] in self.fields - self._seen else None
+                self._field = header[2] if header[2] in self._fields - self._seen else None
                 self._seen.add(header[2])
                 self._text = _Stripped()
                 # With spaces before the header DSPy cuts the line as many characters too early.
@@ -118,11 +102,11 @@ class ChatReader(Reader):
 _LONGEST_TAG = 1000
 
 
-class XMLReader(Reader):
+class XMLReader:
     """Parses `<field>value</field>` elements with expat, like `dspy.XMLAdapter`."""
 
     def __init__(self, fields: Iterable[str]) -> None:
-        super().__init__(fields)
+        self._fields = frozenset(fields)
         self._seen: set[str] = set()
         self._field: str | None = None
         self._text = _Stripped()
@@ -158,7 +142,7 @@ class XMLReader(Reader):
     def _start(self, name: str, _attributes: dict[str, str]) -> None:
         self._depth += 1
         # The value of a field with an element in it is only known at the end.
-        self._field = name if self._depth == 2 and name in self.fields and name not in self._seen else None
+        self._field = name if self._depth == 2 and name in self._fields and name not in self._seen else None
         if self._depth == 2:
             self._seen.add(name)
             self._text = _Stripped()
@@ -176,14 +160,14 @@ class XMLReader(Reader):
 _MOST_JSON = 64 * 1024
 
 
-class JSONReader(Reader):
+class JSONReader:
     """Reads the string values of the first object, as `dspy.JSONAdapter` does when the answer is valid JSON."""
 
     def __init__(self, fields: Iterable[str]) -> None:
-        super().__init__(fields)
+        self._fields = frozenset(fields)
         # None after an error: DSPy may find something in the answer at the end.
         self._answer: bytes | None = b""
-        self._sent = dict.fromkeys(self.fields, 0)
+        self._sent = dict.fromkeys(self._fields, 0)
 
     def feed(self, piece: str) -> Iterator[Chunk]:
         if self._answer is None:
@@ -200,6 +184,9 @@ class JSONReader(Reader):
         if len(self._answer) > _MOST_JSON:
             self._answer = None
         for field, value in values.items():
-            if field in self.fields and isinstance(value, str) and len(value) > self._sent[field]:
+            if field in self._fields and isinstance(value, str) and len(value) > self._sent[field]:
                 yield field, value[self._sent[field] :]
                 self._sent[field] = len(value)
+
+
+Reader = ChatReader | XMLReader | JSONReader

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.caller import Caller
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.lm import dspy_internals, main_loop
 from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
@@ -38,7 +38,7 @@ _answer: ContextVar[Any] = ContextVar("answer", default=None)
 class Stream:
     """The stream of one call. In DSPy's settings it replaces the stream of `dspy.streamify`."""
 
-    def __init__(self, module: dspy.Module, signature: type[dspy.Signature], call: Caller, *, on_loop: bool) -> None:
+    def __init__(self, module: dspy.Module, signature: type[dspy.Signature], call: Call, *, on_loop: bool) -> None:
         """`signature`: the program's. `on_loop`: whether the module runs on the event loop.
 
         Streams its outputs of type `str`, and the reasoning of the predictors that write its outputs. If several
@@ -67,7 +67,6 @@ class Stream:
                 unwritten -= outputs.keys()
 
     def settings(self) -> dict[str, Any]:
-        """DSPy's settings for the call."""
         settings: dict[str, Any] = {"callbacks": [*dspy.settings.callbacks, _Watch(self._call)]}
         if self._in_pieces:
             stream = self if self._predictors or self._on_loop else None
@@ -111,8 +110,10 @@ class Stream:
         await asyncio.sleep(0)  # messages from other threads go first
         for field in self._fields:
             text = outputs.get(field)
-            if isinstance(text, str) and (rest := field_parsers.rest("".join(self._sent.get(field, ())), text)):
-                await self._call.stream_item({"field": field, "chunk": rest})
+            sent = "".join(self._sent.get(field, ()))
+            # If something else was sent, it cannot be corrected.
+            if isinstance(text, str) and text.startswith(sent) and text != sent:
+                await self._call.stream_item({"field": field, "chunk": text[len(sent) :]})
 
 
 def _correct_progress(sent: bool) -> None:
@@ -131,7 +132,7 @@ class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
     DSPy's own callback for tools blocks the event loop until its message is received.
     """
 
-    def __init__(self, call: Caller) -> None:
+    def __init__(self, call: Call) -> None:
         self._call = call
 
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:

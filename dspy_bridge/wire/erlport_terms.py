@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dspy_bridge.wire.json_values import MAX_INT_DIGITS
+from collections.abc import Callable
+from typing import Any
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+from dspy_bridge.wire.json_values import MAX_INT_DIGITS
 
 _INT_LIMIT = 10**MAX_INT_DIGITS
 # jiter reads 200 levels, and the request is one; deeper terms are refused here, with their path.
@@ -53,7 +51,7 @@ def from_term(term: Any, path: str = "args", depth: int = 1) -> Any:
         return value
     if isinstance(term, list) and not hasattr(term, "tail"):
         return [from_term(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(term)]
-    raise Unfit(path, f"expected a map, a list, a binary, an atom or a number, got {_name(term)}")
+    raise Unfit(path, f"expected a map, a list, a binary, an atom or a number, got {type(term).__name__}")
 
 
 def to_term(value: Any, atom: Callable[[bytes], Any], in_list: bool = False) -> Any:
@@ -86,7 +84,7 @@ def to_command(term: Any) -> str:
             return "".join(map(chr, term))
     except (Unfit, TypeError, ValueError, OverflowError):
         pass
-    name = "a binary that is not UTF-8" if isinstance(term, bytes) else _name(term)
+    name = "a binary that is not UTF-8" if isinstance(term, bytes) else type(term).__name__
     raise Unfit("command", f"expected text, a binary, an atom or a charlist, got {name}", "invalid_request")
 
 
@@ -102,7 +100,7 @@ def check_receiver(term: Any) -> None:
     if isinstance(term, tuple) and len(term) == 2 and all(map(_is_atom, term)) and b"@" in term[1]:
         return
     why = ": that name may be gone when the reply comes" if _is_atom(term) else ""
-    raise Unfit("pid", f"expected a pid, an alias or {{name, node}}, got {_name(term)}{why}", "invalid_request")
+    raise Unfit("pid", f"expected a pid, an alias or {{name, node}}, got {type(term).__name__}{why}", "invalid_request")
 
 
 def _key(key: Any, path: str) -> str:
@@ -112,7 +110,7 @@ def _key(key: Any, path: str) -> str:
         return _text(key, path)
     if isinstance(key, (str, int)):
         return str(key).lower() if isinstance(key, bool) else str(key if isinstance(key, str) else _checked(key, path))
-    raise Unfit(path, f"expected keys that are binaries, atoms or integers, got {_name(key)}")
+    raise Unfit(path, f"expected keys that are binaries, atoms or integers, got {type(key).__name__}")
 
 
 def _is_atom(term: Any) -> bool:
@@ -133,16 +131,3 @@ def _checked(term: int, path: str) -> int:
     if not -_INT_LIMIT < term < _INT_LIMIT:
         raise Unfit(path, f"expected integers of at most {MAX_INT_DIGITS} digits", "invalid_json")
     return term
-
-
-def _name(term: Any) -> str:
-    if _is_atom(term):
-        return "an atom"
-    if isinstance(term, list):
-        return "an improper list" if hasattr(term, "tail") else "a list"
-    names = {type(None): "undefined", bool: "a boolean", int: "a number", float: "a number", dict: "a map"}
-    for kind, name in {**names, tuple: "a tuple", bytes: "text", str: "text"}.items():
-        if isinstance(term, kind):
-            return name
-    # Pids, references, ports and funs, and Python objects that have been to Erlang and back.
-    return f"what ErlPort does not convert ({type(term).__name__})"

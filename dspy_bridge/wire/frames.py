@@ -10,7 +10,6 @@ class TooLarge(int):
 
 
 def header(length: int) -> bytes:
-    """The length prefix of a payload of `length` bytes."""
     return length.to_bytes(HEADER_BYTES, "big")
 
 

@@ -30,6 +30,8 @@ Id = int | str
 class MessageError(Exception):
     """A payload that is not a message. `id`: its id, if that could be read."""
 
+    error_type = "invalid_request"
+
     def __init__(self, text: str, id: Id | None = None) -> None:
         super().__init__(text)
         self.id = id
@@ -38,47 +40,39 @@ class MessageError(Exception):
 class NotJSON(MessageError):
     """The payload is not JSON in UTF-8."""
 
-
-class NotAMessage(MessageError):
-    """JSON, but not a valid envelope."""
+    error_type = "invalid_json"
 
 
 class Request:
-    """A request. `timeout_ms`: its deadline, counted from receipt, or None. `traceparent`: its trace, or None.
-
-    `history`: whether meta has the history of its LM calls, `lm_events`: whether it has these without contents; then
-    there is meta, too.
-    """
-
-    __slots__ = ("args", "command", "history", "id", "lm_events", "meta", "stream", "timeout_ms", "traceparent")
+    """A request; its keys are those of the protocol. With `history` or `lm_events` there is `meta`, too."""
 
     stream: bool
     history: bool
     lm_events: bool
 
     def __init__(self, id: Id, message: dict[str, Any]) -> None:
-        """Of an envelope. Raises `NotAMessage`."""
+        """Of an envelope. Raises `MessageError`."""
         self.id = id
         self.command: str = message.get("command")  # type: ignore[assignment]  # checked here
         if type(self.command) is not str:
-            raise NotAMessage(f"command: expected text, got {_got(message, 'command')}", id)
+            raise MessageError(f"command: expected text, got {_got(message, 'command')}", id)
         args = message.get("args")
         self.args: dict[str, Any] = {} if args is None else args
         if type(self.args) is not dict:
-            raise NotAMessage(f"args: expected an object, got {_json_name(args)}", id)
+            raise MessageError(f"args: expected an object, got {_json_name(args)}", id)
         self.timeout_ms: float | None = message.get("timeout_ms")
         if self.timeout_ms is not None and not (type(self.timeout_ms) in (int, float) and self.timeout_ms > 0):
-            raise NotAMessage("timeout_ms: expected a number of milliseconds greater than 0", id)
+            raise MessageError("timeout_ms: expected a number of milliseconds greater than 0", id)
         for name in ("stream", "meta", "history", "lm_events"):
             flag = message.get(name, False)
             if type(flag) is not bool:
-                raise NotAMessage(f"{name}: expected true or false, got {_json_name(flag)}", id)
+                raise MessageError(f"{name}: expected true or false, got {_json_name(flag)}", id)
             setattr(self, name, flag)
         self.meta: bool = self.meta or self.history or self.lm_events
-        self.traceparent: str | None = message.get("traceparent")
-        if self.traceparent is not None and not _is_traceparent(self.traceparent):
+        trace = self.traceparent = message.get("traceparent")
+        if trace is not None and not (type(trace) is str and re.fullmatch(_TRACEPARENT, trace)):
             text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
-            raise NotAMessage(f"traceparent: {text}", id)
+            raise MessageError(f"traceparent: {text}", id)
 
 
 class Encoded(bytes):
@@ -88,16 +82,12 @@ class Encoded(bytes):
 class Cancel:
     """Cancels the request `id`; has no reply of its own."""
 
-    __slots__ = ("id",)
-
     def __init__(self, id: Id) -> None:
         self.id = id
 
 
 class ToolResult:
     """The result of a tool call: `value`, or `error`, a string for the LM, if that is not None."""
-
-    __slots__ = ("call_id", "error", "value")
 
     def __init__(self, call_id: int, value: Any, error: str | None) -> None:
         self.call_id = call_id
@@ -106,10 +96,10 @@ class ToolResult:
 
 
 def decode(payload: bytes) -> Request | Cancel | ToolResult:
-    """Decode a payload. Raises `NotJSON` or `NotAMessage`."""
+    """Decode a payload. Raises `MessageError`."""
     message = _loads(payload)
     if type(message) is not dict:
-        raise NotAMessage(f"expected a JSON object, got {_json_name(message)}")
+        raise MessageError(f"expected a JSON object, got {_json_name(message)}")
     if "command" not in message:
         if "cancel" in message:
             return _cancel(message)
@@ -117,7 +107,7 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
             return _tool_result(message["tool_result"])
     id = message.get("id")
     if not _is_id(id):
-        raise NotAMessage(f"id: expected an integer or text, got {_got(message, 'id')}")
+        raise MessageError(f"id: expected an integer or text, got {_got(message, 'id')}")
     return Request(id, message)
 
 
@@ -125,16 +115,16 @@ def _cancel(message: dict[str, Any]) -> Cancel:
     if not _is_id(message["cancel"]):
         id = message.get("id")
         text = "cancel: expected the id of a request, an integer or text"
-        raise NotAMessage(text, id if _is_id(id) else None)
+        raise MessageError(text, id if _is_id(id) else None)
     return Cancel(message["cancel"])
 
 
 def _tool_result(result: Any) -> ToolResult:
     if type(result) is not dict:
-        raise NotAMessage(f"tool_result: expected an object, got {_json_name(result)}")
+        raise MessageError(f"tool_result: expected an object, got {_json_name(result)}")
     call_id = result.get("call_id")
     if type(call_id) is not int:
-        raise NotAMessage("tool_result.call_id: expected the number of a tool call")
+        raise MessageError("tool_result.call_id: expected the number of a tool call")
     success = result.get("success")
     if success is True:
         return ToolResult(call_id, result.get("result"), None)
@@ -172,18 +162,10 @@ def encode_failure(id: Id | None, failure: dict[str, Any], meta: dict[str, Any] 
 
 
 def _encode_meta(meta: dict[str, Any] | None) -> bytes:
-    """The end of a reply. The history in it may be encoded already."""
-    if meta is None:
-        return b""
-    history = meta.get("history")
-    if type(history) is not Encoded:
-        return b',"meta":' + encode_value(meta)
-    rest = {name: value for name, value in meta.items() if name != "history"}
-    return b',"meta":' + encode_value(rest)[:-1] + b',"history":' + history + b"}"
+    return b"" if meta is None else b',"meta":' + encode_value(meta)
 
 
 def encode_stream(id: Id, item: dict[str, Any]) -> bytes:
-    """The payload of a stream item."""
     return b'{"id":' + _encode_id(id) + b',"stream":' + encode_value(item) + b"}"
 
 
@@ -247,10 +229,6 @@ def readable_call_id(payload: bytes) -> int | None:
 
 def _is_id(value: object) -> TypeGuard[Id]:
     return type(value) is int or type(value) is str
-
-
-def _is_traceparent(value: object) -> bool:
-    return type(value) is str and re.fullmatch(_TRACEPARENT, value) is not None
 
 
 def _got(message: dict[str, Any], key: str) -> str:

@@ -147,7 +147,7 @@ def test_code_that_swallows_its_cancellation_waits_for_no_further_tool() -> None
     assert ended.wait(20)
     bench.request(2)
     assert bench.next_tool_call()["name"] == "a"
-    assert bench.dispatcher.load()["in_flight"] == 1
+    assert bench.dispatcher.counts()["in_flight"] == 1
 
 
 def test_after_the_end_of_input_no_tool_is_waited_for() -> None:
@@ -238,10 +238,10 @@ class Batches(Bench):
 
     async def _work(self, args: dict[str, Any], call: Call) -> Any:
         if "inputs" in args:
-            return await batch.run(args, self._one, call)
+            return await batch.Batch(args, self._one, call).run()
         return await self._one(args["one"])
 
-    async def _one(self, item: int) -> int:
+    async def _one(self, item: int, _ends: float | None = None) -> int:
         self.running += 1
         self.most = max(self.most, self.running)
         self.started.put(item)
@@ -274,7 +274,7 @@ def test_a_batch_gives_each_result_in_order_and_keeps_to_the_limit() -> None:
     assert [result.get("result") for result in results] == [0, None, 2, None, 4, None, 6, 8]
     assert results[1] == {"success": False, "error": "odd", "error_type": "tool_error"}
     assert [results[at]["error_type"] for at in (3, 5)] == ["internal", "internal"]
-    assert bench.most == 3 and bench.dispatcher.load()["in_flight"] == 0
+    assert bench.most == 3 and bench.dispatcher.counts()["in_flight"] == 0
 
 
 def test_an_execute_behind_a_batch_gets_its_turn_in_between() -> None:
@@ -305,7 +305,7 @@ def test_cancelling_a_batch_cancels_all_its_items() -> None:
     bench.request(2, {"one": 8})
     assert bench.next() == {"id": 2, "success": True, "result": 8}
     assert bench.started.get(timeout=20) == 8 and bench.started.empty()
-    assert bench.dispatcher.load()["in_flight"] == 0 and bench.dispatcher.load()["queued"] == 0
+    assert bench.dispatcher.counts()["in_flight"] == 0 and bench.dispatcher.counts()["queued"] == 0
 
 
 def test_a_streamed_batch_sends_each_result_as_it_comes() -> None:
@@ -328,7 +328,7 @@ def test_a_batch_has_no_more_items_at_once_than_it_asks_for() -> None:
     assert {bench.started.get(timeout=20) for _ in range(2)} == {0, 2}
     bench.request(2, {"one": 1000})
     assert bench.started.get(timeout=20) == 1000
-    assert bench.started.empty() and bench.dispatcher.load()["queued"] == 0
+    assert bench.started.empty() and bench.dispatcher.counts()["queued"] == 0
     bench.most = 0
     bench.release()
     assert {bench.next()["id"], bench.next()["id"]} == {1, 2}
@@ -342,18 +342,18 @@ def test_an_item_that_takes_too_long_is_one_timeout() -> None:
     results = bench.next()["result"]
     late = {"success": False, "error": "not finished within 30 ms", "error_type": "timeout"}
     assert results == [{"success": True, "result": QUICK}, late, {"success": True, "result": QUICK}, late]
-    assert bench.running == 0 and bench.dispatcher.load()["in_flight"] == 0
+    assert bench.running == 0 and bench.dispatcher.counts()["in_flight"] == 0
 
 
 def test_an_item_that_does_not_notice_its_end_holds_its_slot_and_not_the_batch() -> None:
     bench = Batches(max_in_flight=1)
     bench.request(1, {"inputs": [STUBBORN], "item_timeout_ms": 10})
     assert bench.next()["result"][0]["error_type"] == "timeout"
-    assert bench.dispatcher.load()["in_flight"] == 1
+    assert bench.dispatcher.counts()["in_flight"] == 1
     bench.request(2, {"one": 6})
     bench.release()
     assert bench.next() == {"id": 2, "success": True, "result": 6}
-    assert bench.dispatcher.load()["in_flight"] == 0
+    assert bench.dispatcher.counts()["in_flight"] == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -373,5 +373,5 @@ def test_at_its_deadline_a_batch_gives_what_it_has(stream: bool) -> None:
     ]
     bench.request(2, {"one": QUICK})
     assert bench.next()["result"] == QUICK
-    load = bench.dispatcher.load()
+    load = bench.dispatcher.counts()
     assert (load["in_flight"], load["queued"], bench.running) == (0, 0, 0)

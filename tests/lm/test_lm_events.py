@@ -27,7 +27,7 @@ def record(usage: dict[str, Any]) -> LMCall:
     ],
 )
 def test_tokens_are_whole_numbers(usage: dict[str, Any], tokens: tuple[int, int]) -> None:
-    (event,) = meter.events([record(usage)], 10.0, 20.0)
+    event = meter.event(record(usage), 10.0, 20.0)
     assert (event["input_tokens"], event["output_tokens"]) == tokens
     assert (event["started_ms"], event["wait_ms"], event["duration_ms"]) == (2000.0, 0.0, 500.0)
 
@@ -45,7 +45,7 @@ def test_tokens_are_whole_numbers(usage: dict[str, Any], tokens: tuple[int, int]
 def test_details_of_tokens_are_those_that_a_provider_gives(
     usage: dict[str, Any], tokens: tuple[int | None, int | None]
 ) -> None:
-    (event,) = meter.events([record(usage)], 10.0, 20.0)
+    event = meter.event(record(usage), 10.0, 20.0)
     assert (event["cached_tokens"], event["reasoning_tokens"]) == tokens
 
 
@@ -53,9 +53,9 @@ def test_what_a_call_waited_is_not_its_duration() -> None:
     waited = record({})
     waited.begin_wait()
     waited._waiting_since = 12.1
-    assert meter.events([waited], 10.0, 20.0)[0]["wait_ms"] == pytest.approx(400), "refused at its end"
+    assert meter.event(waited, 10.0, 20.0)["wait_ms"] == pytest.approx(400), "refused at its end"
     waited.first_chunk = 12.45
-    (event,) = meter.events([waited], 10.0, 20.0)
+    event = meter.event(waited, 10.0, 20.0)
     assert [event[name] for name in ("started_ms", "wait_ms", "duration_ms", "first_chunk_ms")] == [
         pytest.approx(ms) for ms in (2000, 400, 100, 50)
     ]

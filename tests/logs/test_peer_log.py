@@ -88,7 +88,7 @@ def test_records_that_nobody_reads_are_dropped_and_counted_once(
         writer.send([messages.encode_log(*record)])
 
     handler = ours()
-    monkeypatch.setattr(handler, "_send", send)
+    monkeypatch.setattr(handler, "_write", send)
     count, text = 4000, "x" * 5000
     for number in range(count):
         logging.getLogger("host").warning("%d %s", number, text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from dspy_bridge.logs import redaction
@@ -15,7 +17,7 @@ def test_secrets_among_options_are_learned_at_any_depth() -> None:
 def test_secrets_of_the_environment_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "v-123456789")
     monkeypatch.setenv("SOME_PATH", "/not/secret")
-    redaction.learn_environment()
+    redaction.learn(dict(os.environ), for_good=True)
     assert redaction.redact("v-123456789 /not/secret") == "[redacted] /not/secret"
 
 
@@ -45,7 +47,7 @@ def learn_many(number: int = 3000) -> None:
 
 def test_keys_of_the_environment_and_of_the_settings_are_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAIN_API_KEY", "of-the-environment-1")
-    redaction.learn_environment()
+    redaction.learn(dict(os.environ), for_good=True)
     redaction.learn({"api_key": "of-the-settings-1", "extra_headers": {"x-api-key": "header-1234567"}}, for_good=True)
     learn_many()
     assert redaction.redact("of-the-environment-1 of-the-settings-1 header-1234567") == " ".join(["[redacted]"] * 3)

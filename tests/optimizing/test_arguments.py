@@ -64,7 +64,6 @@ def bad(where: str, *values: Any) -> list[tuple[dict[str, Any], str]]:
         *bad("optimize.valset.inputs", [], {}, None),
         *bad("optimize.num_threads", *NUMBERS, 0, 65, -1),
         *bad("optimize.seed", *NUMBERS, -1, 2**32),
-        *(each for role in arguments.LM_ROLES for each in bad(f"optimize.{role}", 1, [])),
         *bad("optimize.budget", 5),
         *bad("optimize.budget.lm_calls", *NUMBERS, 0, -1),
         *bad("optimize.budget.tokens", *NUMBERS, 0, -1),

@@ -63,7 +63,7 @@ def test_a_slot_that_is_given_up_is_the_next_ones(other: asyncio.AbstractEventLo
         other.call_soon_threadsafe(begin)
         assert await asyncio.to_thread(asked.wait, 20)
         await turns()
-        assert limiter.waiting == 1
+        assert len(limiter.waiting) == 1
         # The cancel is the first that the other loop learns after this.
         other.call_soon_threadsafe(stop)
         assert await asyncio.to_thread(stopped.wait, 20)
@@ -75,9 +75,9 @@ def test_a_slot_that_is_given_up_is_the_next_ones(other: asyncio.AbstractEventLo
         if moment == "waiting":
             await asyncio.to_thread(lambda: asyncio.run_coroutine_threadsafe(turns(), other).result(20))
             await turns()
-            assert limiter.waiting == 0
+            assert len(limiter.waiting) == 0
             limiter.release()
         await asyncio.wait_for(limiter.acquire(), 20)
-        assert (limiter.running, limiter.waiting) == (1, 0)
+        assert (limiter.running, len(limiter.waiting)) == (1, 0)
 
     asyncio.run(scenario())

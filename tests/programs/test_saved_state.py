@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
+from dspy_bridge.lm import lm_options
 from dspy_bridge.programs import saved_state
 from dspy_bridge.wire import messages
 
@@ -100,8 +101,9 @@ def test_only_how_an_lm_is_to_write_is_taken_from_a_state() -> None:
     module = dspy.Predict(QA)
     lm = saved_state.load(module, copy.deepcopy(state))
     assert lm == harmless and as_sent(module, lm)["lm"] == harmless
-    with pytest.raises(InvalidArgs, match=r"state: lm\.model: expected a name"):
-        saved_state.load(module, {**GOOD, "lm": {"model": "huggingface/https://evil/"}})
+    saved = saved_state.load(module, {**GOOD, "lm": {"model": "huggingface/https://evil/"}})
+    with pytest.raises(InvalidArgs, match=r"state\.lm\.model: it has an address"):
+        lm_options.complete(saved, "state.lm")
 
 
 def test_no_secret_of_a_hosts_lm_is_told() -> None:

@@ -56,7 +56,7 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         [' { "tool_result" : { "call_id" : 12 ,'],
     ),
     "pings:_PING": (lambda text: pings.answer(text.encode(), 0.0), ["\0\0\0Y" + PING, ("\0\0\0Y" + PING) * 2]),
-    "messages:_is_traceparent": (messages._is_traceparent, [TRACE]),
+    "messages:__init__": (lambda text: re.fullmatch(messages._TRACEPARENT, text), [TRACE]),
     "redaction:_SECRET_NAME": (redaction.names_secret, ["api_keys"]),
     "redaction:_USER": (lambda text: redaction._USER.sub("", text), ["https://ab:cd@ef"]),
     "redaction:_LOOKS_SECRET": (

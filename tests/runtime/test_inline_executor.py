@@ -93,8 +93,7 @@ def test_the_short_steps_of_dspy_run_inline_after_the_first_call(
     dspy_setup.LMs(Settings({"disk_cache": disk_cache and str(tmp_path)}))
     lm = dspy.LM("openai/stub-model", **start_lm().options(cache=True))
     executor = inline_executor.InlineExecutor()
-    loop = EventLoop()
-    loop.set_default_executor(executor)
+    loop = EventLoop(executor)
 
     async def ask() -> None:
         for number in range(3):

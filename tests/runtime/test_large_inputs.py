@@ -37,7 +37,7 @@ class Threads(BaseCallback):  # type: ignore[misc]
 
 
 class Size:
-    """A `Caller`; `told`: each item of the stream, and the thread that sent it."""
+    """A `Call`; `told`: each item of the stream, and the thread that sent it."""
 
     meter = None
     slot_transferred = False

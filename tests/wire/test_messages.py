@@ -28,8 +28,7 @@ IDS = st.integers(-(10**30), 10**30) | st.text(st.characters(exclude_categories=
 def reply_error(payload: bytes) -> tuple[str, Any, str]:
     with pytest.raises(messages.MessageError) as caught:
         messages.decode(payload)
-    kind = "invalid_json" if isinstance(caught.value, NotJSON) else "invalid_request"
-    return kind, caught.value.id, str(caught.value)
+    return caught.value.error_type, caught.value.id, str(caught.value)
 
 
 @pytest.mark.parametrize("vector", vectors("requests"), ids=lambda v: v["name"])

@@ -51,6 +51,5 @@ _trajectory = functools.lru_cache(_MOST_STEPS)(lambda fields: dspy.Signature(f"{
 
 
 def _format_trajectory(_agent: Any, trajectory: Any) -> Any:
-    """As `dspy.ReAct`'s."""
     adapter = dspy.settings.adapter or dspy.ChatAdapter()
     return adapter.format_user_message_content(_trajectory(", ".join(trajectory)), trajectory)

@@ -40,8 +40,6 @@ class Attempts(NamedTuple):
 
 
 class _Call:
-    """One call of an adapter."""
-
     def __init__(self, attempts: Attempts) -> None:
         self.attempts = attempts
         self.number = 1
@@ -91,7 +89,6 @@ def did_not_fit(kind: type, answer: Any, error: Exception) -> None:
 
 
 def add_to(prompt: Any, kind: type, signature: Any) -> Any:
-    """The prompt, with what is told of the attempt before."""
     call = _call.get()
     if call is None or kind not in call.unfit:
         return prompt

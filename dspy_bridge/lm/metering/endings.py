@@ -39,7 +39,6 @@ def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | 
 
 
 def install() -> None:
-    """Watch all LM calls of this process."""
     # DSPy calls it for each answer, unless history is off; it would keep 10,000 prompts.
     dspy.BaseLM.update_history = _ended
 
@@ -66,7 +65,6 @@ def _ended(lm: Any, entry: dict[str, Any]) -> None:
 
 
 def _count(usage: dict[str, Any]) -> int:
-    """All tokens of an answer."""
     total = usage.get("total_tokens")
     names = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens")
     counts = [total] if isinstance(total, int) else [usage.get(name) for name in names]

@@ -15,7 +15,6 @@ import jiter
 from dspy_bridge.dispatch import error_replies
 from dspy_bridge.logs import redaction
 from dspy_bridge.wire.json_values import encode_value
-from dspy_bridge.wire.messages import Encoded
 
 # Text as long as this without a break is data, such as an image in base64.
 _SHORTEST_DATA = 256
@@ -45,7 +44,6 @@ class History:
         self._size = len(b'[{"omitted":1000000}]')
 
     def begin(self) -> int:
-        """The number of a call that starts."""
         return next(self._numbers)
 
     def end(self, number: int, messages: Any, about: dict[str, Any]) -> None:
@@ -62,7 +60,7 @@ class History:
                 self._size -= len(_json(self._calls.pop(next(iter(self._calls))))) + 1
                 self._omitted += 1
 
-    def json(self) -> Encoded:
+    def json(self) -> bytes:
         """A JSON list, the call that started first at its head; without those that have not ended.
 
         If calls had to go its first element is `{"omitted": how many}`.
@@ -71,7 +69,7 @@ class History:
             parts = [_json(rest, self._messages.get(number, _GONE)) for number, rest in sorted(self._calls.items())]
             if self._omitted:
                 parts.insert(0, b'{"omitted":%d}' % self._omitted)
-        return Encoded(b"[" + b",".join(parts) + b"]")
+        return b"[" + b",".join(parts) + b"]"
 
     def _encoded(self, messages: Any, about: dict[str, Any]) -> tuple[bytes, bytes]:
         try:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import orjson
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.lm import lm_call, prompts
@@ -30,8 +31,6 @@ _UNFINISHED = "unfinished"
 
 
 class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
-    """A DSPy callback."""
-
     def __init__(self, history_bytes: int | None = None, events_since: float | None = None) -> None:
         """`history_bytes`: the most that `history` may take, if the reply is to have one.
 
@@ -69,9 +68,9 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         if self._history is not None:
             for call in calls:
                 self._show(call, "not finished")
-            shown["history"] = self._history.json()
+            shown["history"] = orjson.Fragment(self._history.json())
         if self._events_since is not None:
-            shown["lm_events"] = events(calls, self._events_since, now)
+            shown["lm_events"] = [event(call, self._events_since, now) for call in calls[:MOST]]
         return shown
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -88,7 +87,6 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         lm_call.current.set(call)
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        """Called by DSPy in the same context."""
         call, outer = self._open.pop(call_id)
         lm_call.current.set(outer)
         call.ended = time.monotonic()
@@ -134,12 +132,8 @@ def _sum(usages: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def events(calls: list[LMCall], began: float, now: float) -> list[dict[str, Any]]:
-    """Events of the first `MOST` calls, in the order of their start. `began`: when the request was received."""
-    return [_event(call, began, now) for call in calls[:MOST]]
-
-
-def _event(call: LMCall, began: float, now: float) -> dict[str, Any]:
+def event(call: LMCall, began: float, now: float) -> dict[str, Any]:
+    """The call without contents. `began`: when the request was received."""
     ended = now if call.ended is None else call.ended
     error_type = _UNFINISHED if call.ended is None else call.error_type
     waited, first_chunk = call.waited(ended), call.first_chunk

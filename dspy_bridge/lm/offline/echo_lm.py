@@ -27,7 +27,6 @@ _BY_FORMAT = {
 
 
 def answer(texts: list[str], asked: Asked | None) -> str:
-    """The same answer to the same question."""
     return _echo(texts[-1]) if asked is None else _answer(*asked)
 
 

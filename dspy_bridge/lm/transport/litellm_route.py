@@ -116,8 +116,6 @@ def _watch_clients(library: str) -> None:
     httpx: Any = importlib.import_module(library)
 
     class Body(httpx.SyncByteStream, httpx.AsyncByteStream):  # type: ignore[misc]
-        """A response's body, whose bytes are counted."""
-
         def __init__(self, stream: Any, answer: outgoing.Answer, call: LMCall) -> None:
             self._stream, self._answer, self._call = stream, answer, call
 

@@ -65,7 +65,6 @@ class Answer:
             raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
 
     def piece(self, piece: bytes) -> bytes:
-        """The piece."""
         if self._streamed is not None:
             self._streamed.chunk()
         self._left -= len(piece)

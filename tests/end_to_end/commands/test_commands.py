@@ -193,9 +193,6 @@ def test_an_argument_that_was_probably_meant_is_named(module_peer: Peer) -> None
     assert execute["error"].startswith("max_concurency: unknown argument; did you mean max_concurrency? expected ")
     other = module_peer.call("execute_program", {"program_id": "x", "inputs": {}, "colour": 2})
     assert other["error"].startswith("colour: unknown argument; expected program_id, inputs, ")
-    beside = module_peer.call("create_program", {"id": "x", "signature": "q -> a", "instructions": "Be brief."})
-    text = "instructions: belongs into signature, an object with inputs, outputs and instructions"
-    assert (beside["error"], beside["error_type"]) == (text, "invalid_args")
 
 
 def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(fresh_echo_peer: Peer) -> None:

@@ -148,6 +148,7 @@ def test_the_metric_is_told_what_a_score_is_for(peer: Peer, lm: LMServer, optimi
 BY_DSPY = "optimize: DSPy's "
 REFUSED = [
     ({"optimizer": "copro", "options": {"bredth": 2}}, "optimize.options: unknown key 'bredth'; did you mean breadth?"),
+    ({"optimizer": "copro", "prompt_lm": 1}, "optimize.prompt_lm: expected text such as"),
     ({"optimizer": "copro", "prompt_lm": {"model": "openai/x", "modle": 1}}, "optimize.prompt_lm.modle: "),
     ({"optimizer": "random_search", "valset": {"inputs": [{}]}}, "optimize.valset.inputs[0].question: "),
     ({"optimizer": "copro", "options": {"breadth": 1}}, f"{BY_DSPY}copro refuses it: Breadth must be greater than 1"),

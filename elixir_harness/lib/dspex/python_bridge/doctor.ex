@@ -46,7 +46,7 @@ defmodule DSPex.PythonBridge.Doctor do
   @start_ms 15_000
   # The first import of DSPy, perhaps from a cold disk and without bytecode.
   @program_ms 60_000
-  @todo "correct the option or variable that it names, or see what `python -m dspy_bridge --selftest` with that Python says"
+  @todo "correct the option or variable that it names, or see what the peer wrote to the log"
 
   @typedoc """
   `status`: `:note` is not an error but worth knowing; `:skipped`: it depends on a check that failed. `advice`: what to
