@@ -112,11 +112,10 @@ class Commands:
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self._counts(),
-            "lm_waiting": self._loader.lm_waiting(),
+            **self._loader.lm_stats(),
             "threads": threads,
             "pid": os.getpid(),
             "versions": self._versions,
-            "degraded": self._loader.degraded(),
         }
 
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
@@ -242,5 +241,5 @@ def _versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    own = {"dspy_bridge": __version__, "python": platform.python_version()}
-    return {**own, **{name: version(name) for name in ("dspy", "psutil")}}
+    libraries = {name: version(name) for name in ("dspy", "psutil")}
+    return {"dspy_bridge": __version__, "python": platform.python_version(), **libraries}

@@ -73,16 +73,13 @@ class ProgramLoader:
         """Begin DSPy's import, for which the first program would wait. On the event loop's thread."""
         return self._start_thread().submit(self._import_dspy)
 
-    def degraded(self) -> list[str]:
-        """Names of the features that the installed DSPy does not allow; empty before it is imported."""
-        return [] if self._lms is None else self._lms.degraded()
-
-    def lm_waiting(self) -> int:
+    def lm_stats(self) -> dict[str, Any]:
+        """Calls of LMs that wait for the limits of their account, and names inside DSPy that are not as expected."""
         if self._lms is None:
-            return 0
-        from dspy_bridge.lm import lm_call
+            return {"lm_waiting": 0, "degraded": []}
+        from dspy_bridge.lm import dspy_internals, lm_call
 
-        return lm_call.waiting()
+        return {"lm_waiting": lm_call.waiting(), "degraded": sorted(dspy_internals.degraded)}
 
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""

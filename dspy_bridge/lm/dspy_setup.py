@@ -85,10 +85,6 @@ class LMs:
             except InvalidArgs as error:
                 raise SetupFailed(f"DSPY_BRIDGE_LM, DSPY_BRIDGE_LM_OPTIONS: {error}") from None
 
-    def degraded(self) -> list[str]:
-        """Names inside DSPy that are not as expected, so that something is slower or off."""
-        return sorted(dspy_internals.degraded)
-
     def lm(self, given: object, where: str = "lm") -> dspy.BaseLM:
         """The LM for a model's name, or an object of it and options; `where` is its name in errors.
 
