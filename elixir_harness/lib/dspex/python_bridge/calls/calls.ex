@@ -121,12 +121,8 @@ defmodule DSPex.PythonBridge.Calls do
   end
 
   # After the first one that cannot be taken back the others are not looked at.
-  defp note_chunk(in_flight, _id, %Request{resend: resend}, _frame)
-       when resend in [:never, :tool_begun],
-       do: in_flight
-
   defp note_chunk(in_flight, id, request, frame) do
-    if Protocol.repeatable?(frame),
+    if request.resend in [:never, :tool_begun] or Protocol.repeatable?(frame),
       do: in_flight,
       else: stays(in_flight, id, request, :never)
   end

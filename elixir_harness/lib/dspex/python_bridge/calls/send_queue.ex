@@ -72,12 +72,9 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   def push_first(%__MODULE__{} = send_queue, bodies) do
     now = Deadline.now()
 
-    {send_queue, _key} =
-      Enum.reduce(bodies, {send_queue, -length(bodies)}, fn body, {send_queue, key} ->
-        {push(send_queue, key, {:request, 0, :infinity, body}, now), key + 1}
-      end)
-
-    send_queue
+    for {body, key} <- Enum.with_index(bodies, -length(bodies)), reduce: send_queue do
+      send_queue -> push(send_queue, key, {:request, 0, :infinity, body}, now)
+    end
   end
 
   @doc "Sends a control frame, or queues it."
@@ -101,7 +98,7 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
 
   # Without a writer the queue is empty: see drain/1.
   defp push(%__MODULE__{writer: nil} = send_queue, key, item, now) do
-    case write(send_queue, frame(key, item, now)) do
+    case write(send_queue, frame(item, now)) do
       %__MODULE__{} = send_queue -> send_queue
       :port_gone -> queue(send_queue, key, item)
     end
@@ -114,9 +111,9 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
 
   defp drain(%__MODULE__{} = send_queue) do
     if send_queue.writer == nil and not :gb_trees.is_empty(send_queue.queue) do
-      {key, item, rest} = :gb_trees.take_smallest(send_queue.queue)
+      {_key, item, rest} = :gb_trees.take_smallest(send_queue.queue)
 
-      case write(send_queue, frame(key, item, Deadline.now())) do
+      case write(send_queue, frame(item, Deadline.now())) do
         %__MODULE__{} = written -> drain(%{written | queue: rest})
         :port_gone -> send_queue
       end
@@ -125,9 +122,9 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
     end
   end
 
-  defp frame(_key, {:control, frame}, _now), do: frame
+  defp frame({:control, frame}, _now), do: frame
 
-  defp frame(_key, {:request, id, deadline, body}, now),
+  defp frame({:request, id, deadline, body}, now),
     do: Protocol.request_frame(id, left(deadline, now), body)
 
   defp write(%__MODULE__{port: process} = send_queue, frame) when is_pid(process) do

@@ -206,7 +206,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   @doc "The number of definitions."
   @spec count(table()) :: non_neg_integer()
-  def count(table), do: map_size(stamps(table))
+  def count(table), do: length(definitions(table))
 
   @doc "All definitions, oldest first."
   @spec definitions(table()) :: [definition()]
@@ -222,9 +222,7 @@ defmodule DSPex.PythonBridge.Programs.Store do
     do: :ets.select(table, [{{{kind, :"$1"}, :"$2", :"$3"}, [], [{{:"$1", :"$2", :"$3"}}]}])
 
   defp stamps(table) do
-    for {id, stamp, _body} <- rows(table, :declared) ++ rows(table, :program),
-        into: %{},
-        do: {id, stamp}
+    for {id, stamp, _body} <- definitions(table), into: %{}, do: {id, stamp}
   end
 
   @doc "The whole table, removals included and declarations left out, for `merge/2` on another node."
@@ -276,14 +274,10 @@ defmodule DSPex.PythonBridge.Programs.Store do
 
   # nil is smaller than any stamp: in the order of terms, atoms come before tuples.
   defp removed_at(table, id) do
-    [:removed_all, {:removed, id}]
-    |> Enum.map(fn key ->
-      case :ets.lookup(table, key) do
-        [{_key, stamp, nil}] -> stamp
-        [] -> nil
-      end
-    end)
-    |> Enum.max()
+    for key <- [:removed_all, {:removed, id}],
+        {_key, stamp, nil} <- :ets.lookup(table, key),
+        reduce: nil,
+        do: (latest -> max(latest, stamp))
   end
 
   # It reads the whole table, so it is done once for many removals.
