@@ -38,8 +38,9 @@ defmodule DSPex.Contract.PoolTest do
     {:ok, _} =
       Pool.call(@pool, :create_program, %{id: "s", signature: "question -> answer", lm: lm})
 
-    # A peer that has not answered for a while is taken last.
-    for %{bridge: bridge} <- peers(), do: {:ok, _} = Bridge.call(bridge, :ping)
+    # A peer that still imports DSPy is taken last; with states, the list is answered afterwards.
+    states = %{state: true, program_ids: []}
+    for %{bridge: name} <- peers(), do: {:ok, _} = Bridge.call(name, :list_programs, states)
     ask = %{@ask | program_id: "s"}
 
     # One after the other: of two that choose at the same moment both may choose one.

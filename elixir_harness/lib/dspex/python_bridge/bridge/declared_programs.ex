@@ -4,8 +4,9 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredPrograms do
   # `DSPex.PythonBridge.Bridge.PeerLifecycle`.
   #
   # Calls do not wait for it: the peer has the definitions of all programs, and loads one with the first run that needs
-  # it. Each program is loaded like this once in a bridge's life, one after the other: one that kills Python is named,
-  # and does so once. Calls that were in flight are not blamed for it.
+  # it. Each program is loaded like this once in a bridge's life, one after the other. If Python dies meanwhile, the program
+  # is named, and loaded once more behind the others: something else may have killed it. Calls that were in flight are not
+  # blamed for it.
 
   alias DSPex.PythonBridge.{Error, Programs, Protocol}
   alias DSPex.PythonBridge.Bridge.{Peer, State, Status}
@@ -38,14 +39,17 @@ defmodule DSPex.PythonBridge.Bridge.DeclaredPrograms do
 
     case Protocol.decode_reply(frame) do
       {:error, _id, %Error{} = error} -> state |> failed(definition, error) |> load()
-      _loaded -> load(state)
+      _loaded -> load(%{state | failed: Map.delete(state.failed, elem(definition, 1))})
     end
   end
 
-  @doc "Handles the end of a peer. One that has died may have died of the program; else the next peer loads it."
+  @doc "Handles the end of a peer, which may have died of the program."
   @spec lost(State.t(), port(), :died | :replaced) :: {loading? :: boolean(), State.t()}
-  def lost(%{loading: {port, _request_id, definition}} = state, port, :died),
-    do: {true, failed(%{state | loading: nil}, definition, Error.new(:python_process_died))}
+  def lost(%{loading: {port, _request_id, {id, stamp, _} = definition}} = state, port, :died) do
+    again = if is_map_key(state.failed, stamp), do: [], else: [id]
+    state = %{state | loading: nil, to_load: state.to_load ++ again}
+    {true, failed(state, definition, Error.new(:python_process_died))}
+  end
 
   def lost(%{loading: {port, _request_id, {id, _stamp, _body}}} = state, port, :replaced),
     do: {true, %{state | loading: nil, to_load: [id | state.to_load]}}

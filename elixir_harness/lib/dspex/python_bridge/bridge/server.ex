@@ -67,7 +67,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     # Else a node that hangs, and does not take the replies to its calls, would suspend this process.
     Process.flag(:async_dist, true)
     name = State.name(options)
-    programs = options.store || declared(options, name)
+    programs = if options.store == nil, do: declared(options, name), else: options.store
     entry = %{name: name, programs: programs, default_timeout: options.default_timeout}
     Registry.put(:bridge, self(), entry)
     # Keeps queued messages, which have the callers' contents, out of crash reports.

@@ -33,9 +33,13 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
 
   def withdraw(%InFlight{send_queues: queues} = in_flight, id, %Request{at: port} = request) do
     in_flight =
-      if queue = SendQueue.drop(Map.fetch!(queues, port), id),
-        do: not_given(%{in_flight | send_queues: %{queues | port => queue}}, request.change),
-        else: in_flight |> control(port, Protocol.cancel_frame(id)) |> keep_change(id, request)
+      case SendQueue.drop(Map.fetch!(queues, port), id) do
+        nil ->
+          in_flight |> control(port, Protocol.cancel_frame(id)) |> keep_change(id, request)
+
+        queue ->
+          not_given(%{in_flight | send_queues: %{queues | port => queue}}, request.change)
+      end
 
     answered(in_flight, request)
   end

@@ -66,7 +66,7 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
   @spec decode(binary()) :: {:ok, term()} | {:error, {:invalid_json, String.t()}}
   # JSON.decode/3 has no limit of depth and returns errors as tuples, but raises for some input (an integer past the
   # system's limit).
-  def decode(payload) do
+  def decode(payload) when is_binary(payload) do
     size = byte_size(payload)
 
     case JSON.decode(payload, :none, decoders(size)) do
