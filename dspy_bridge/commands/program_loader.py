@@ -7,7 +7,7 @@ import time
 from dspy_bridge.commands import arguments
 from dspy_bridge.dispatch import error_replies
 from dspy_bridge.errors import LoadFailed, SetupFailed
-from dspy_bridge.runtime.gc_freeze import GcFreezer
+from dspy_bridge.runtime.gc_freeze import GcFreezer, importing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class ProgramLoader:
     def _import_dspy(self) -> None:
         try:
             self._setup()
-            from dspy_bridge.programs import program  # noqa: F401  # imports all that a program needs
+            with importing():
+                from dspy_bridge.programs import program  # noqa: F401  # imports all that a program needs
         except BaseException:
             pass  # the first program imports it again, and its reply has the failure
 
@@ -117,7 +118,8 @@ class ProgramLoader:
             raise SetupFailed(self._setup_failed[0])
         self._setup()
         try:
-            from dspy_bridge.lm.dspy_setup import LMs
+            with importing():
+                from dspy_bridge.lm.dspy_setup import LMs
 
             lms = LMs(self._settings)
         except BaseException as error:  # user code and DSPy's own may raise anything
@@ -127,7 +129,6 @@ class ProgramLoader:
             why = f"{why}; the peer's log has the traceback under {peer_log.exception(error)}"
             self._setup_failed = why, time.monotonic()
             raise SetupFailed(why) from None
-        self._gc.freeze()  # DSPy itself is half a million objects
         return lms
 
 

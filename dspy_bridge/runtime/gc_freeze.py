@@ -9,9 +9,23 @@ reference cycle, as its class is one; so after enough removals everything is unf
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Changes between two calls of `freeze`. A removed program is 15 KB: fewer are not worth a collection.
 EVERY = 256
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While DSPy is imported, nothing is collected; then all is frozen. Of 73,000 objects 2,000 are garbage, and the
+    collections would take 140 of 500 ms."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 class GcFreezer:

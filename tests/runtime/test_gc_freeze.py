@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dspy_bridge.runtime.gc_freeze import EVERY, GcFreezer
+from dspy_bridge.runtime.gc_freeze import EVERY, GcFreezer, importing
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +48,10 @@ def test_removed_objects_are_collected_even_if_they_were_frozen() -> None:
     freezer.changed(1, removed=True)
     freezer.freeze()
     assert Cycle.alive == 0 and gc.get_freeze_count() > 0
+
+
+def test_collections_go_on_after_an_import_that_fails() -> None:
+    with pytest.raises(ImportError), importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
