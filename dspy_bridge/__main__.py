@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def _serve(chosen: Settings, reading: int, writing: int) -> None:
-    from dspy_bridge import app
+    from dspy_bridge.commands.handlers import Commands
     from dspy_bridge.port import reader
     from dspy_bridge.port.frame_writer import FrameWriter
     from dspy_bridge.wire import messages
@@ -85,7 +85,7 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         writer.wait_for_room(lambda: False)
         writer.send([messages.encode_log(level, logger, message, traceparent)])
 
-    dispatcher = app.build_dispatcher(chosen, writer.send, send_log=send_log, when_room=writer.when_room)
+    dispatcher = Commands(chosen, writer.send, send_log=send_log, when_room=writer.when_room).dispatcher
     # After the watchdog was forked, which must outlive the peer.
     stdio.raise_oom_score()
     reader.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)

@@ -28,8 +28,9 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dspy_bridge import app, settings
-from dspy_bridge.dispatch import error_replies
+from dspy_bridge import logs, settings
+from dspy_bridge.commands.handlers import Commands
+from dspy_bridge.dispatch import replies
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 from dspy_bridge.settings import SettingError
 from dspy_bridge.wire import messages
@@ -73,7 +74,7 @@ class Peer:
     def __init__(self) -> None:
         """Raises `SettingError`."""
         self.settings = settings.load(os.environ, {})
-        self._dispatcher = app.build_dispatcher(self.settings, self._deliver)
+        self._dispatcher = Commands(self.settings, self._deliver).dispatcher
         self._ids = itertools.count(1)
         # Single operations on a dict are thread-safe.
         self._waiting: dict[int, Callable[[bytes], object]] = {}
@@ -136,8 +137,8 @@ def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
 
 def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, (Unfit, SettingError)):
-        return messages.failure(getattr(error, "error_type", "internal"), error_replies.one_line(str(error)))
-    return error_replies.describe(error, _log_exception)
+        return messages.failure(getattr(error, "error_type", "internal"), replies.one_line(str(error)))
+    return replies.describe(error)
 
 
 def _reply(payload: bytes, atom: Callable[[bytes], Any]) -> dict[bytes, Any]:
@@ -155,15 +156,10 @@ def _cast(pid: Any, ref: Any, payload: bytes) -> None:
     except EOFError:  # ErlPort raises it when Erlang is gone
         pass
     except Exception as error:  # such as a reference that ErlPort cannot encode
-        _log_exception(error)
+        logs.exception(error)
 
 
 def _atom() -> Callable[[bytes], Any]:
     """ErlPort's type of atoms. Its Python side comes with its Erlang package, so it is missing elsewhere."""
     atom: Callable[[bytes], Any] = importlib.import_module("erlport.erlterms").Atom
     return atom
-
-
-def _log_exception(error: BaseException) -> str:
-    reference: str = app.set_up_logs("info" if _peer is None else _peer.settings.log_level).exception(error)
-    return reference

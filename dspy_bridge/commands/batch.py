@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from statistics import fmean
 from typing import Any
 
+from dspy_bridge.dispatch import replies
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import LONGEST_MS
 from dspy_bridge.errors import Cancelled, TimedOut, hits_all
@@ -177,7 +178,7 @@ class Batch:
         self._settle(index, result)
 
     def _failure(self, error: BaseException) -> dict[str, Any]:
-        result = self._call.describe(error)
+        result = replies.describe(error)
         return result if self._score is None else {**result, "score": 0.0}
 
     def _release(self, index: int) -> None:

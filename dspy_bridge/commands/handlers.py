@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import time
 
-from dspy_bridge import __version__
+from dspy_bridge import __version__, logs
 from dspy_bridge.commands import arguments
 from dspy_bridge.commands.program_loader import ProgramLoader
 from dspy_bridge.commands.program_registry import Entry, Registry
+from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, LoadFailed, Overloaded, ProgramNotFound, SetupFailed, refuse_unknown
+from dspy_bridge.port import stdio
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Iterable
     from typing import Any
 
     from dspy_bridge.dispatch.call import Call
     from dspy_bridge.dispatch.dispatcher import Handler
+    from dspy_bridge.logs import SendRecord
     from dspy_bridge.optimizing.arguments import Optimize
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
@@ -30,29 +33,45 @@ LIMITED = frozenset(["execute_program"])
 
 
 class Commands:
-    """The handlers, over one registry of programs."""
+    """The handlers, over one registry of programs, and the `dispatcher` that calls them."""
 
     def __init__(
-        self, settings: Settings, setup: Callable[[], object], counts: Callable[[], Mapping[str, Any]]
+        self,
+        settings: Settings,
+        send: Callable[[Iterable[bytes]], None],
+        *,
+        send_log: SendRecord | None = None,
+        when_room: Callable[[Callable[[], object]], bool] = lambda _callback: False,
     ) -> None:
-        """`setup` runs before DSPy is imported; `counts` gives the dispatcher's counts, for `get_stats`."""
-        self._counts = counts
+        """`send` and `when_room` are as for `Dispatcher`.
+
+        `send_log` sends a log record to the owner, where the settings ask for log frames; without it all go to stderr.
+        """
+        logs.choose(settings.log_level, send_log if settings.log_frames else None)
         self._settings = settings
         self._started = time.monotonic()
         self._registry = Registry()
         self._threads = WorkerThreads()
-        self._loader = ProgramLoader(settings, setup, self._threads)
+        self._loader = ProgramLoader(settings, self._threads)
         # Those of optimizers, and how many programs are being optimized.
         self._optimizers = WorkerThreads()
         self._optimizing = 0
         self._versions: dict[str, str] | None = None
+        self.dispatcher = Dispatcher(
+            self.table(),
+            send,
+            limited=LIMITED,
+            # A run has a connection to its LM.
+            max_in_flight=min(settings.max_in_flight, stdio.raise_open_files()),
+            max_queue=settings.max_queue,
+            max_frame_bytes=settings.max_frame_bytes,
+            when_room=when_room,
+            on_start=self._loader.preload,
+        )
 
     def table(self) -> dict[str, Handler]:
         names = ("ping", "create_program", "execute_program", "list_programs", "get_stats", "cleanup")
         return {name: getattr(self, name) for name in names}
-
-    def preload(self) -> None:
-        self._loader.preload()
 
     def ping(self, _args: dict[str, Any], _call: Call) -> messages.Encoded:
         """`{"status": "ok", "timestamp": unix seconds}`."""
@@ -111,7 +130,7 @@ class Commands:
             "programs_count": len(self._registry.answered()),
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
-            **self._counts(),
+            **self.dispatcher.counts(),
             **self._loader.lm_stats(),
             "threads": threads,
             "pid": os.getpid(),
@@ -203,9 +222,7 @@ class Commands:
             except LoadFailed:
                 pass  # the details have its error
             except Exception as error:
-                from dspy_bridge.logs import peer_log
-
-                peer_log.exception(error)
+                logs.exception(error)
             listed["details"].append({**entry.details(), "state": state})
         return listed
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 
+from dspy_bridge import logs
 from dspy_bridge.commands import arguments
-from dspy_bridge.dispatch import error_replies
+from dspy_bridge.dispatch import replies
 from dspy_bridge.errors import LoadFailed, SetupFailed
 from dspy_bridge.runtime.gc_freeze import GcFreezer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
     from concurrent.futures import Future
     from typing import Any
 
@@ -32,10 +32,9 @@ _RELOAD_SECONDS = 60.0
 class ProgramLoader:
     """One per peer. DSPy lets only the thread that configured it first configure it again, so there is one thread."""
 
-    def __init__(self, settings: Settings, setup: Callable[[], object], threads: WorkerThreads) -> None:
-        """`setup` runs before DSPy is imported; `threads` are for modules without an async forward."""
+    def __init__(self, settings: Settings, threads: WorkerThreads) -> None:
+        """`threads` are for modules without an async forward."""
         self._settings = settings
-        self._setup = setup
         self._threads = threads
         self._lms: LMs | None = None
         # The last failure, and when that was.
@@ -95,7 +94,7 @@ class ProgramLoader:
 
     def _import_dspy(self) -> None:
         try:
-            self._setup()
+            logs.set_up()
             from dspy_bridge.programs import program  # noqa: F401  # imports all that a program needs
         except BaseException:
             pass  # the first program imports it again, and its reply has the failure
@@ -115,16 +114,13 @@ class ProgramLoader:
     def _load_dspy(self) -> LMs:
         if self._setup_failed is not None and time.monotonic() < self._setup_failed[1] + _RETRY_SECONDS:
             raise SetupFailed(self._setup_failed[0])
-        self._setup()
         try:
             from dspy_bridge.lm.dspy_setup import LMs
 
             lms = LMs(self._settings)
         except BaseException as error:  # user code and DSPy's own may raise anything
-            from dspy_bridge.logs import peer_log
-
             why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be set up: {error}"
-            why = f"{why}; the peer's log has the traceback under {peer_log.exception(error)}"
+            why = f"{why}; the peer's log has the traceback under {logs.exception(error)}"
             self._setup_failed = why, time.monotonic()
             raise SetupFailed(why) from None
         self._gc.freeze()  # DSPy itself is half a million objects
@@ -138,9 +134,7 @@ def _loaded(entry: Entry, load: asyncio.Future[Program]) -> None:
     entry.loaded = error is None
     entry.failure = None
     if error is not None and entry.lazy:
-        from dspy_bridge.logs import peer_log
-
         entry.loading = None
-        entry.failure = error_replies.describe(error, peer_log.exception)
+        entry.failure = replies.describe(error)
         seconds = _RETRY_SECONDS if isinstance(error, SetupFailed) else _RELOAD_SECONDS
         entry.reload_at = time.monotonic() + seconds

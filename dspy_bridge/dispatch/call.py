@@ -25,20 +25,13 @@ _NO_ANSWER = "the end of input has come; no answer can"
 class Call:
     """One request from its receipt to its reply.
 
-    For its handler: `request` and its `size` in bytes; `limiter`, if it acquires further slots; `describe(error)`, an
-    exception as a reply shows it; `meter`, whose `summary()` goes into meta; `slot_transferred`, set by a call that has
-    handed its slot to a sub-task, which releases it; `on_reply`, called with whether the reply is a success, just
-    before the reply is sent.
+    For its handler: `request` and its `size` in bytes; `limiter`, if it acquires further slots; `meter`, whose
+    `summary()` goes into meta; `slot_transferred`, set by a call that has handed its slot to a sub-task, which releases
+    it; `on_reply`, called with whether the reply is a success, just before the reply is sent.
     """
 
     def __init__(
-        self,
-        request: messages.Request,
-        received: float,
-        size: int,
-        channel: Channel,
-        limiter: Limiter,
-        describe: Callable[[BaseException], dict[str, Any]],
+        self, request: messages.Request, received: float, size: int, channel: Channel, limiter: Limiter
     ) -> None:
         self.id = request.id
         self.request = request
@@ -46,7 +39,6 @@ class Call:
         self.size = size
         self._channel = channel
         self.limiter = limiter
-        self.describe = describe
         # None while it waits for the event loop or a slot.
         self.started: float | None = received
         self.work: Coroutine[Any, Any, Any] | None = None

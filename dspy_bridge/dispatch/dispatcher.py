@@ -11,10 +11,9 @@ import time
 from collections import deque
 
 from dspy_bridge import tracing
-from dspy_bridge.dispatch import error_replies
 from dspy_bridge.dispatch.call import Call, Channel
 from dspy_bridge.dispatch.limiter import Limiter
-from dspy_bridge.dispatch.reply_encoder import ReplyEncoder
+from dspy_bridge.dispatch.replies import ReplyEncoder, one_line
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
 from dspy_bridge.runtime.loop_watch import LoopWatch
 from dspy_bridge.wire import messages, pings
@@ -45,30 +44,27 @@ class Dispatcher:
         max_in_flight: int,
         max_queue: int,
         max_frame_bytes: int,
-        log_exception: Callable[[BaseException], str],
         when_room: Callable[[Callable[[], object]], bool],
-        on_start: Callable[[], None] = lambda: None,
-        log_warning: Callable[[str], object] = lambda _text: None,
+        on_start: Callable[[], object] = lambda: None,
     ) -> None:
-        """`send` writes reply payloads, from any thread. `log_exception` logs an exception and returns its reference.
+        """`send` writes reply payloads, from any thread.
 
         `when_room(callback)` returns false if there is room for more output; else it calls `callback`, on any thread,
-        once there is. `on_start` is called on the event loop's thread before that runs. `log_warning` gets a text for
-        the log, on any thread.
+        once there is. `on_start` is called on the event loop's thread before that runs.
         """
         self._commands = commands
         self._limited = limited
         self._send = send
         self._max_frame_bytes = max_frame_bytes
         self._on_start = on_start
-        self._replies = ReplyEncoder(commands, max_frame_bytes, log_exception)
+        self._replies = ReplyEncoder(commands, max_frame_bytes)
         self._pings = self._replies.pings
         # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
         self._answers_pings = max_frame_bytes >= pings.MAX_BYTES
         # From the reading thread to the loop, in the order received.
         self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._watch = LoopWatch(log_warning)
+        self._watch = LoopWatch()
         self._thread: threading.Thread | None = None
         # The rest belongs to the loop's thread; any thread may read the counts.
         self._calls: dict[messages.Id, Call] = {}
@@ -98,14 +94,14 @@ class Dispatcher:
         try:
             request = messages.decode(frame)
         except messages.MessageError as error:
-            return self._reject(frame, error.id, messages.failure(error.error_type, error_replies.one_line(str(error))))
+            return self._reject(frame, error.id, messages.failure(error.error_type, one_line(str(error))))
         if isinstance(request, messages.ToolResult) and not self._channel.made_call(request.call_id):
-            text = error_replies.one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
+            text = one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
             return messages.encode_failure(None, messages.failure("invalid_request", text))
         if not isinstance(request, messages.Request):
             self._inbox.append(request)
             return None
-        call = Call(request, received, len(frame), self._channel, self._limiter, self._replies.describe)
+        call = Call(request, received, len(frame), self._channel, self._limiter)
         if request.traceparent is None:
             return self._begin(call)
         return tracing.context(request.traceparent).run(self._begin, call)

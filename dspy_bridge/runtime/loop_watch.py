@@ -13,9 +13,10 @@ import sys
 import threading
 import time
 
+from dspy_bridge import logs
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import FrameType
 
     from dspy_bridge.runtime.event_loop import WatchedSelector
@@ -35,10 +36,8 @@ _IMPORTING = "<frozen importlib."
 class LoopWatch:
     """Watches one event loop. `blocked` says by what it is blocked, or is None; any thread may read it."""
 
-    def __init__(self, warn: Callable[[str], object]) -> None:
-        """`warn` logs a text, on the thread of the watch."""
+    def __init__(self) -> None:
         self.blocked: str | None = None
-        self._warn = warn
 
     def start(self, selector: WatchedSelector) -> None:
         """Watch the loop of this selector, which the calling thread is going to run."""
@@ -61,12 +60,12 @@ class LoopWatch:
                     self._block(f"the event loop has been blocked for {held:.0f} s by {place}")
             else:
                 if held >= SLOW:
-                    self._warn(f"{place} blocked the event loop for {held:.1f} s")
+                    logs.warn(f"{place} blocked the event loop for {held:.1f} s")
                 self.blocked, held = None, 0.0
 
     def _block(self, text: str) -> None:
         if self.blocked is None:
-            self._warn(f"{text}: nothing else runs, no deadline passes, and pings fail")
+            logs.warn(f"{text}: nothing else runs, no deadline passes, and pings fail")
         self.blocked = text
 
 

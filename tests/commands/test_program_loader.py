@@ -19,7 +19,7 @@ class Loads(ProgramLoader):
     """Its programs load as `outcomes` say, one after the other."""
 
     def __init__(self, *outcomes: Any) -> None:
-        super().__init__(Settings({}), lambda: None, WorkerThreads())
+        super().__init__(Settings({}), WorkerThreads())
         self.outcomes = list(outcomes)
 
     def _make(self, definition: dict[str, Any]) -> Any:

@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 
+from dspy_bridge import logs
 from dspy_bridge.commands import batch
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import ToolFailed
 
 Work = Callable[[dict[str, Any], Call], Any]
+
+
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "exception", lambda error: "r")
 
 
 class Bench:
@@ -32,7 +38,6 @@ class Bench:
             {"work": work},
             self._send,
             limited=["work"],
-            log_exception=lambda error: "r",
             when_room=self._when_room,
             **limits,
         )

@@ -13,16 +13,24 @@ from typing import Any
 import pytest
 from peer import frame
 
-from dspy_bridge import tracing
+from dspy_bridge import logs, tracing
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, Overloaded
 
 
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "exception", lambda error: Bench.last._log(error))
+
+
 class Bench:
     """A dispatcher whose replies can be awaited, and handlers that can be held."""
 
+    last: Bench
+
     def __init__(self, **limits: int) -> None:
+        Bench.last = self
         self.replies: queue.Queue[dict[str, Any]] = queue.Queue()
         self.logged: list[str] = []
         self.started: queue.Queue[int] = queue.Queue()
@@ -41,7 +49,6 @@ class Bench:
             table,
             self._send,
             limited=["work"],
-            log_exception=self._log,
             when_room=lambda callback: False,
             **limits,
         )

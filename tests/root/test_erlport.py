@@ -24,10 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peer import ROOT
 
-from dspy_bridge import app, erlport
-from dspy_bridge.commands.handlers import Commands
+from dspy_bridge import erlport, logs
+from dspy_bridge.commands import handlers
 from dspy_bridge.dispatch.call import Call
-from dspy_bridge.logs import peer_log
 from dspy_bridge.wire import erlport_terms, messages
 
 PID = Opaque(Opaque.PID, 1)
@@ -43,7 +42,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in (("erlport", fakes.erlport), ("erlport.erlterms", erlterms), ("erlport.erlang", erlang)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(erlport, "_peer", None)
-    monkeypatch.setattr(peer_log, "setup", lambda level, send: None)
     monkeypatch.setattr(erlang, "mailbox", queue.Queue())
     monkeypatch.setattr(erlang, "ended", [])
 
@@ -84,8 +82,8 @@ class Held:
 def held(monkeypatch: pytest.MonkeyPatch) -> Held:
     """The commands of `Held` in place of the six."""
     held = Held()
-    monkeypatch.setattr(Commands, "table", lambda self: held.table())
-    monkeypatch.setattr(app, "LIMITED", ["hold"])
+    monkeypatch.setattr(handlers.Commands, "table", lambda self: held.table())
+    monkeypatch.setattr(handlers, "LIMITED", ["hold"])
     return held
 
 
@@ -295,7 +293,7 @@ def test_args_may_be_left_out_or_nil_and_must_be_a_map_else(held: Held) -> None:
 
 
 def test_a_defect_is_an_internal_error_without_its_text(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
+    monkeypatch.setattr(logs, "exception", lambda error: "reference-1")
     reply = call(b"crash")
     assert reply[b"error_type"] == b"internal" and b"reference-1" in reply[b"error"]
     assert b"division" not in reply[b"error"]
