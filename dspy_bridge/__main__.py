@@ -10,7 +10,7 @@ import threading
 
 from dspy_bridge import __version__, settings
 from dspy_bridge.port import stdio, watchdog
-from dspy_bridge.port.stderr import refuse
+from dspy_bridge.port.stdio import refuse
 from dspy_bridge.wire.json_values import MAX_INT_DIGITS
 
 TYPE_CHECKING = False

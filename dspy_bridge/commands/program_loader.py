@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 from dspy_bridge import logs
 from dspy_bridge.commands import arguments
 from dspy_bridge.dispatch import replies
 from dspy_bridge.errors import LoadFailed, SetupFailed
-from dspy_bridge.runtime.gc_freeze import GcFreezer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +27,37 @@ if TYPE_CHECKING:
 _RETRY_SECONDS = 1.0
 # The same of a lazy program whose load failed: loading may take long, and most failures are not temporary.
 _RELOAD_SECONDS = 60.0
+# Changes between two calls of `freeze`. A removed program is 15 KB: fewer are not worth a collection.
+EVERY = 256
+
+
+class GcFreezer:
+    """Keeps loaded programs out of full garbage collections, which visit every object and stop all threads.
+
+    With 10,000 programs one took 210 ms, and under load there was one every 1,500 runs: with 5,000 programs this saves
+    runs a sixth of their CPU. Frozen objects are not visited, but not collected either, so garbage is collected before:
+    24 ms with DSPy just imported, 4 ms for 256 programs. A removed program is a reference cycle, as its class is one;
+    so after enough removals everything is unfrozen first. When due, call `freeze`, on a thread that nobody waits for.
+    """
+
+    def __init__(self) -> None:
+        # Threads may lose a count to each other.
+        self._changes = 0
+        self._removed = False
+
+    def changed(self, count: int, removed: bool) -> bool:
+        """Count loaded programs, or removed ones. Returns whether `freeze` is due."""
+        self._changes += count
+        self._removed = self._removed or removed
+        return self._changes >= EVERY
+
+    def freeze(self) -> None:
+        """Collect garbage, that of removed programs too, and freeze all other objects."""
+        removed, self._changes, self._removed = self._removed, 0, False
+        if removed:
+            gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
 
 class ProgramLoader:

@@ -15,7 +15,7 @@ import time
 
 from dspy_bridge.port import watchdog
 from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, FrameWriter
-from dspy_bridge.port.stderr import log
+from dspy_bridge.port.stdio import log
 from dspy_bridge.wire.frames import FrameDecoder, TooLarge
 
 TYPE_CHECKING = False

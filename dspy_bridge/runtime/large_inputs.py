@@ -70,7 +70,7 @@ def loop() -> asyncio.AbstractEventLoop:
     with _starting:
         if _loop is None:
             # Steps with large values are not short.
-            _loop = EventLoop(DaemonThreads(64, "dspy_bridge-large-hop"))
+            _loop = EventLoop("dspy_bridge-large-hop", inline=False)
             threading.Thread(target=_run, args=(_loop,), name="dspy_bridge-large", daemon=True).start()
         return _loop
 
