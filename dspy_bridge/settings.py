@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-PREFIX = "DSPY_BRIDGE_"
 ADAPTERS = ("chat", "json", "xml")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -17,25 +16,15 @@ class SettingError(Exception):
 
 
 class Setting:
-    """One setting: its environment variable is `PREFIX` + NAME, its flag `--name`."""
-
-    __slots__ = ("default", "help", "name", "read")
+    """One setting: its environment variable is DSPY_BRIDGE_NAME, its flag `--name`."""
 
     def __init__(self, name: str, read: Callable[[str], Any], default: str, help: str) -> None:
         self.name = name
+        self.variable = f"DSPY_BRIDGE_{name.upper()}"
+        self.flag = "--" + name.replace("_", "-")
         self.read = read
         self.default = default
         self.help = help
-
-    @property
-    def variable(self) -> str:
-        """The environment variable's name."""
-        return PREFIX + self.name.upper()
-
-    @property
-    def flag(self) -> str:
-        """The command line flag's name."""
-        return "--" + self.name.replace("_", "-")
 
 
 class Settings:
