@@ -227,7 +227,7 @@ class Commands:
         return listed
 
     async def _working(self, entry: Entry | None, call: Call) -> tuple[Entry, Program]:
-        """The loaded program of an entry, or of the one before it if the entry's creation fails.
+        """The loaded program of an entry, or of the one that its id stands for again if the entry's creation fails.
 
         Sets the call's meter, if it asks for one: meters need DSPy, which is imported by now.
         """
@@ -250,7 +250,7 @@ class Commands:
             except BaseException:  # user code may raise anything
                 # The reply to `create_program` has the error. The id stands for the earlier program again.
                 self._registry.discard(entry)
-                entry = entry.working()
+                entry = self._registry.get(entry.id)
         raise ProgramNotFound(call.request.args["program_id"])
 
 
