@@ -18,6 +18,7 @@ call has no way back while it runs.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -63,7 +64,7 @@ def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
     try:
         check_receiver(pid)
     except Unfit as error:
-        return _reply(messages.encode_failure(None, _failure(error)), atom)
+        return _reply(_failure(error), atom)
     _send(command, args, lambda payload: _casts.submit(_cast, pid, ref, payload))
     return atom(b"ok")
 
@@ -110,35 +111,32 @@ class Peer:
                 self._receive(encode_value({"tool_result": result}))
 
 
-_lock = threading.Lock()
-_peer: Peer | None = None
 # Sends replies to `submit`. Not the event loop: ErlPort takes long to encode a large reply, and its pipe may be full,
 # which must not delay the other runs.
 _casts = DaemonThreads(1, "dspy_bridge-cast")
 
 
-def _the_peer() -> Peer:
+@functools.cache
+def _peer() -> Peer:
     """The peer; the first call makes it. Raises `SettingError`, until the environment is corrected."""
-    global _peer
-    with _lock:
-        if _peer is None:
-            _peer = Peer()
-        return _peer
+    return Peer()
 
 
 def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
     """As `Peer.send`, from terms; an error is sent as the reply."""
     try:
-        peer = _the_peer()
-        peer.send(to_command(command), from_term(args), reply)
+        _peer().send(to_command(command), from_term(args), reply)
     except Exception as error:
-        reply(messages.encode_failure(None, _failure(error)))
+        reply(_failure(error))
 
 
-def _failure(error: Exception) -> dict[str, Any]:
-    if isinstance(error, (Unfit, SettingError)):
-        return messages.failure(getattr(error, "error_type", "internal"), replies.one_line(str(error)))
-    return replies.describe(error)
+def _failure(error: Exception) -> bytes:
+    failure = (
+        replies.describe(error)
+        if not isinstance(error, (Unfit, SettingError))
+        else messages.failure(getattr(error, "error_type", "internal"), replies.one_line(str(error)))
+    )
+    return messages.encode_failure(None, failure)
 
 
 def _reply(payload: bytes, atom: Callable[[bytes], Any]) -> dict[bytes, Any]:

@@ -13,7 +13,6 @@ from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, LoadFailed, Overloaded, ProgramNotFound, SetupFailed, refuse_unknown
 from dspy_bridge.port import stdio
 from dspy_bridge.runtime.worker_threads import WorkerThreads
-from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,9 +72,9 @@ class Commands:
         names = ("ping", "create_program", "execute_program", "list_programs", "get_stats", "cleanup")
         return {name: getattr(self, name) for name in names}
 
-    def ping(self, _args: dict[str, Any], _call: Call) -> messages.Encoded:
+    def ping(self, _args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"status": "ok", "timestamp": unix seconds}`."""
-        return messages.pong(time.time())
+        return {"status": "ok", "timestamp": time.time()}
 
     def create_program(self, args: dict[str, Any], call: Call) -> Any:
         """`{"program_id", "status": "created"}`, once the program is loaded; at once, if it is lazy."""

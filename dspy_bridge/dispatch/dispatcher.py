@@ -180,12 +180,7 @@ class Dispatcher:
         # From here on `wake` goes through the loop; what came before is taken first.
         self._loop = loop
         loop.call_soon(self._take_inbox)
-        while True:
-            try:
-                loop.run_forever()
-            except (SystemExit, KeyboardInterrupt):
-                # asyncio lets these two out of a task through the loop; the task keeps them for its reply.
-                continue
+        loop.run_on_thread()
 
     def _take_inbox(self) -> None:
         while self._inbox:

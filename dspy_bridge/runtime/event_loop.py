@@ -64,6 +64,14 @@ class EventLoop(asyncio.SelectorEventLoop):
         # The kinds of steps that have run in a thread.
         self._ran: set[Any] = set()
 
+    def run_on_thread(self) -> None:
+        """Run for ever, on a daemon thread."""
+        while True:
+            try:
+                self.run_forever()
+            except (SystemExit, KeyboardInterrupt):
+                continue  # asyncio lets these two out of a task, which keeps them for its waiter
+
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]  # any callable
         """As asyncio's; the future may be done already."""
         kind = _kind(func) if executor is None and self._inline and not args else None

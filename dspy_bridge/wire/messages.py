@@ -2,7 +2,7 @@
 
 jiter decodes: it keeps integers exact (orjson turns those past 64 bits into floats), reads a string of a megabyte in a
 sixth of orjson's time, and takes a millisecond or two to import. orjson encodes; its import takes 10 ms. The first ping
-waits for neither: pongs are formatted by hand, and most pings are not decoded (`pings`).
+waits for neither, if it has no arguments (`pings`).
 """
 
 from __future__ import annotations
@@ -75,10 +75,6 @@ class Request:
             raise MessageError(f"traceparent: {text}", id)
 
 
-class Encoded(bytes):
-    """A result that is already encoded."""
-
-
 class Cancel:
     """Cancels the request `id`; has no reply of its own."""
 
@@ -139,13 +135,7 @@ def _tool_result(result: Any) -> ToolResult:
 
 def encode_result(id: Id, result: Any, meta: dict[str, Any] | None = None) -> bytes:
     """The payload of a successful reply. Values in `result` without a JSON form become strings."""
-    body = result if type(result) is Encoded else encode_value(result)
-    return b'{"id":' + _encode_id(id) + b',"success":true,"result":' + body + _encode_meta(meta) + b"}"
-
-
-def pong(now: float) -> Encoded:
-    """The result of a ping at `now`, unix seconds."""
-    return Encoded(b'{"status":"ok","timestamp":%.6f}' % now)
+    return b'{"id":' + _encode_id(id) + b',"success":true,"result":' + encode_value(result) + _encode_meta(meta) + b"}"
 
 
 def failure(error_type: str, text: str, retryable: bool | None = None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     for name, module in (("erlport", fakes.erlport), ("erlport.erlterms", erlterms), ("erlport.erlang", erlang)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(erlport, "_peer", None)
+    erlport._peer.cache_clear()
     monkeypatch.setattr(erlang, "mailbox", queue.Queue())
     monkeypatch.setattr(erlang, "ended", [])
 
@@ -327,7 +327,7 @@ def test_a_setting_that_cannot_be_read_is_told_by_every_call_until_it_can(monkey
     assert call(b"ping") == wrong and received() == (b"ref", wrong)
     monkeypatch.setenv("DSPY_BRIDGE_MAX_QUEUE", "5")
     assert call(b"ping")[b"success"] == "true"
-    assert erlport._peer is not None and erlport._peer.settings.max_queue == 5
+    assert erlport._peer().settings.max_queue == 5
 
 
 def test_submit_tells_each_under_its_reference_errors_too(held: Held) -> None:
