@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -126,8 +128,6 @@ def _prefixes(text: str) -> tuple[str, ...]:
 
 
 def _folder(text: str) -> str | None:
-    import os
-
     if text and os.path.exists(text) and not os.path.isdir(text):
         raise ValueError("expected a folder")
     return os.path.abspath(text) if text else None

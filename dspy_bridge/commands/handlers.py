@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 
@@ -55,7 +56,6 @@ class Commands:
         # Those of optimizers, and how many programs are being optimized.
         self._optimizers = WorkerThreads()
         self._optimizing = 0
-        self._versions: dict[str, str] | None = None
         self.dispatcher = Dispatcher(
             self.table(),
             send,
@@ -78,9 +78,8 @@ class Commands:
 
     def create_program(self, args: dict[str, Any], call: Call) -> Any:
         """`{"program_id", "status": "created"}`, once the program is loaded; at once, if it is lazy."""
-        arguments.check(args, arguments.LAZY)
-        if args.get("lazy"):
-            arguments.check(args, arguments.CREATE_LAZY)
+        if args.get("lazy") is True:
+            arguments.check(args, arguments.LAZY)
             if self._registry.add_lazy(args["id"], args):
                 self._loader.removed(1)
             return {"program_id": args["id"], "status": "created"}
@@ -119,9 +118,6 @@ class Commands:
         """Counts, sizes in bytes, times in seconds (uptime) and ms (quantiles)."""
         import psutil
 
-        if self._versions is None:
-            # Looking them up takes 2 ms on the reading thread.
-            self._versions = _versions()
         memory = psutil.Process().memory_info()
         threads, optimizers = self._threads.counts(), self._optimizers.counts()
         threads.update((name, threads[name] + optimizers[name]) for name in ("running", "abandoned"))
@@ -133,7 +129,7 @@ class Commands:
             **self._loader.lm_stats(),
             "threads": threads,
             "pid": os.getpid(),
-            "versions": self._versions,
+            "versions": _versions(),
         }
 
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
@@ -253,7 +249,9 @@ class Commands:
         raise ProgramNotFound(call.request.args["program_id"])
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
+    # Looking them up takes 2 ms on the reading thread.
     import platform
     from importlib.metadata import version
 

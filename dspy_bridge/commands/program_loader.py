@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 
@@ -70,7 +71,6 @@ class ProgramLoader:
         self._lms: LMs | None = None
         # The last failure, and when that was.
         self._setup_failed: tuple[str, float] | None = None
-        self._thread: DaemonThreads | None = None
         self._gc = GcFreezer()
 
     async def load(self, entry: Entry) -> Program:
@@ -97,11 +97,11 @@ class ProgramLoader:
         """A program of a definition, loaded anew. On the event loop."""
         import asyncio
 
-        return asyncio.get_running_loop().run_in_executor(self._start_thread(), self._make, definition)
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._make, definition)
 
     def preload(self) -> Future[None]:
         """Begin DSPy's import, for which the first program would wait. On the event loop's thread."""
-        return self._start_thread().submit(self._import_dspy)
+        return self._thread.submit(self._import_dspy)
 
     def lm_stats(self) -> dict[str, Any]:
         """Calls of LMs that wait for the limits of their account, and names inside DSPy that are not as expected."""
@@ -113,15 +113,14 @@ class ProgramLoader:
 
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""
-        if self._gc.changed(count, removed=True) and self._thread is not None:
+        if self._gc.changed(count, removed=True):
             self._thread.submit(self._gc.freeze)
 
-    def _start_thread(self) -> DaemonThreads:
+    @functools.cached_property
+    def _thread(self) -> DaemonThreads:
         from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
-        if self._thread is None:
-            self._thread = DaemonThreads(1, "dspy_bridge-loader")
-        return self._thread
+        return DaemonThreads(1, "dspy_bridge-loader")
 
     def _import_dspy(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""A request in flight, and its traffic with the client: items of its stream, tool calls and their results.
+"""A request in flight, its slot, and its traffic with the client: items of its stream, tool calls and their results.
 
 Runs on the event loop's thread, except where a method says otherwise. After a call's reply nothing more is sent for it,
 and the result of a tool that it called is dropped.
@@ -7,6 +7,7 @@ and the result of a tool that it called is dropped.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 
 from dspy_bridge.errors import FrameTooLarge, ToolFailed
 from dspy_bridge.wire import messages
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Coroutine
     from typing import Any
-
-    from dspy_bridge.dispatch.limiter import Limiter
 
 _NO_ANSWER = "the end of input has come; no answer can"
 
@@ -156,3 +155,57 @@ class Channel:
                 room.set_result(None)
 
         return room if self._when_room(lambda: self.loop.call_soon_threadsafe(found)) else None
+
+
+class Limiter:
+    """A semaphore with a bounded queue: at most `max_running` slots are taken at once; past `max_waiting` it is `full`.
+
+    A slot is a future, done when it is taken. Waiters get them in their order. Any thread may read the counts.
+    """
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self.max_running = max_running
+        self._max_waiting = max_waiting
+        self.running = 0
+        # Ordered, and a waiter that leaves is found at once.
+        self.waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+
+    @property
+    def full(self) -> bool:
+        return self.running >= self.max_running and len(self.waiting) >= self._max_waiting
+
+    def slot(self) -> asyncio.Future[None]:
+        """A slot to wait for: the caller must `leave` it, or `release` it once it is done."""
+        import asyncio
+
+        slot = asyncio.get_running_loop().create_future()
+        self.waiting[slot] = None
+        self._grant()
+        return slot
+
+    def leave(self, slot: asyncio.Future[None]) -> None:
+        """Free the slot, or the place in the queue."""
+        if slot.done() and not slot.cancelled():
+            self.release()
+        else:
+            self.waiting.pop(slot, None)
+
+    def release(self) -> None:
+        """Free a slot; the next waiter gets it."""
+        self.running -= 1
+        self._grant()
+
+    async def acquire(self) -> None:
+        slot = self.slot()
+        try:
+            await slot
+        except BaseException:
+            self.leave(slot)
+            raise
+
+    def _grant(self) -> None:
+        while self.waiting and self.running < self.max_running:
+            slot, _ = self.waiting.popitem(last=False)
+            if not slot.done():
+                self.running += 1
+                slot.set_result(None)

@@ -11,11 +11,9 @@ import time
 from collections import deque
 
 from dspy_bridge import tracing
-from dspy_bridge.dispatch.call import Call, Channel
-from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.dispatch.call import Call, Channel, Limiter
 from dspy_bridge.dispatch.replies import ReplyEncoder, one_line
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
-from dspy_bridge.runtime.loop_watch import LoopWatch
 from dspy_bridge.wire import messages, pings
 from dspy_bridge.wire.frames import TooLarge
 
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Collection, Iterable, Mapping
     from typing import Any
+
+    from dspy_bridge.runtime.event_loop import EventLoop
 
     # Returns the result, or a coroutine that does.
     Handler = Callable[[dict[str, Any], Call], Any]
@@ -63,8 +63,7 @@ class Dispatcher:
         self._answers_pings = max_frame_bytes >= pings.MAX_BYTES
         # From the reading thread to the loop, in the order received.
         self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._watch = LoopWatch()
+        self._loop: EventLoop | None = None
         self._thread: threading.Thread | None = None
         # The rest belongs to the loop's thread; any thread may read the counts.
         self._calls: dict[messages.Id, Call] = {}
@@ -78,7 +77,7 @@ class Dispatcher:
         """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
         received = time.monotonic()
         pongs, count, used = pings.answer(data, time.time())
-        if not count or not self._answers_pings or self._watch.blocked is not None:
+        if not count or not self._answers_pings or (self._loop is not None and self._loop.blocked is not None):
             return data
         # Without the lock: pings are counted and reported on the reading thread only.
         self._pings.add(time.monotonic() - received, count=count)
@@ -93,11 +92,15 @@ class Dispatcher:
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
             request = messages.decode(frame)
+            if isinstance(request, messages.ToolResult) and not self._channel.made_call(request.call_id):
+                raise messages.MessageError(f"tool_result.call_id: there was no tool call {request.call_id}")
         except messages.MessageError as error:
-            return self._reject(frame, error.id, messages.failure(error.error_type, one_line(str(error))))
-        if isinstance(request, messages.ToolResult) and not self._channel.made_call(request.call_id):
-            text = one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
-            return messages.encode_failure(None, messages.failure("invalid_request", text))
+            failure = messages.failure(error.error_type, one_line(str(error)))
+            # If it is the result of a tool call, that call fails instead.
+            call_id = messages.readable_call_id(frame)
+            if call_id is None or not self._channel.made_call(call_id):
+                return messages.encode_failure(error.id, failure)
+            request = messages.ToolResult(call_id, None, failure["error"])
         if not isinstance(request, messages.Request):
             self._inbox.append(request)
             return None
@@ -143,22 +146,14 @@ class Dispatcher:
             "commands": self._replies.summaries(),
         }
 
-    def _reject(self, frame: bytes, id: messages.Id | None, failure: dict[str, Any]) -> bytes | None:
-        """The reply to an unreadable frame. If it is the result of a tool call, that call fails instead."""
-        call_id = messages.readable_call_id(frame)
-        if call_id is None or not self._channel.made_call(call_id):
-            return messages.encode_failure(id, failure)
-        self._inbox.append(messages.ToolResult(call_id, None, failure["error"]))
-        return None
-
     def _begin(self, call: Call) -> bytes | None:
         handler = self._commands.get(call.request.command)
         try:
             if handler is None:
                 raise UnknownCommand(call.request.command, self._commands)
-            if call.request.command == "ping" and self._watch.blocked is not None:
+            if call.request.command == "ping" and self._loop is not None and self._loop.blocked is not None:
                 # Only the loop's code knows when it returns: a monitor that pings is to replace this peer.
-                raise BridgeError(self._watch.blocked)
+                raise BridgeError(self._loop.blocked)
             result = handler(call.request.args, call)
         except BaseException as error:  # not even a SystemExit out of a handler may end the reading
             return self._replies.encode(call, None, error)
@@ -175,12 +170,11 @@ class Dispatcher:
 
         loop = EventLoop()
         self._on_start()
-        self._watch.start(loop.watched)
         self._channel.attach(loop)
         # From here on `wake` goes through the loop; what came before is taken first.
         self._loop = loop
         loop.call_soon(self._take_inbox)
-        loop.run_on_thread()
+        loop.run_on_thread(watched=True)
 
     def _take_inbox(self) -> None:
         while self._inbox:

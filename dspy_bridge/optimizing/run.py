@@ -13,8 +13,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.dispatch.call import Call
-from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.dispatch.call import Call, Limiter
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import lm_call
 from dspy_bridge.logs import peer_log
