@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from dspy_bridge.settings import Settings
 
 
-# Those that wait for a slot.
-LIMITED = frozenset(["execute_program"])
-
-
 class Commands:
     """The handlers, over one registry of programs, and the `dispatcher` that calls them."""
 
@@ -59,7 +55,6 @@ class Commands:
         self.dispatcher = Dispatcher(
             self.table(),
             send,
-            limited=LIMITED,
             # A run has a connection to its LM.
             max_in_flight=min(settings.max_in_flight, stdio.raise_open_files()),
             max_queue=settings.max_queue,
@@ -91,6 +86,7 @@ class Commands:
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
         """The outputs of a run; `{"results": […]}` for a list of inputs; with `optimize` a better program's state."""
         arguments.check_execute(args)
+        call.limited = True
         how = None
         if args.get("optimize") is not None:
             from dspy_bridge.optimizing.arguments import read

@@ -25,8 +25,9 @@ class Call:
     """One request from its receipt to its reply.
 
     For its handler: `request` and its `size` in bytes; `limiter`, if it acquires further slots; `meter`, whose
-    `summary()` goes into meta; `slot_transferred`, set by a call that has handed its slot to a sub-task, which releases
-    it; `on_reply`, called with whether the reply is a success, just before the reply is sent.
+    `summary()` goes into meta; `limited`, set by a handler whose coroutine waits for a slot; `slot_transferred`, set by
+    a call that has handed its slot to a sub-task, which releases it; `on_reply`, called with whether the reply is a
+    success, just before the reply is sent.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Call:
         self.deadline: asyncio.TimerHandle | None = None
         self.slot: asyncio.Future[None] | None = None
         self.meter: Any = None
-        self.slot_transferred = False
+        self.limited = self.slot_transferred = False
         self.on_reply: Callable[[bool], object] | None = None
         self.answered = False
 

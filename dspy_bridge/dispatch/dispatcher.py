@@ -20,7 +20,7 @@ from dspy_bridge.wire.frames import TooLarge
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from dspy_bridge.runtime.event_loop import EventLoop
@@ -33,14 +33,13 @@ LONGEST_MS = 10 * 365 * 86_400_000
 
 
 class Dispatcher:
-    """Serves requests by a table of commands. The coroutines of those that are `limited` wait for a slot."""
+    """Serves requests by a table of commands."""
 
     def __init__(
         self,
         commands: Mapping[str, Handler],
         send: Callable[[Iterable[bytes]], None],
         *,
-        limited: Collection[str],
         max_in_flight: int,
         max_queue: int,
         max_frame_bytes: int,
@@ -53,12 +52,10 @@ class Dispatcher:
         once there is. `on_start` is called on the event loop's thread before that runs.
         """
         self._commands = commands
-        self._limited = limited
         self._send = send
         self._max_frame_bytes = max_frame_bytes
         self._on_start = on_start
         self._replies = ReplyEncoder(commands, max_frame_bytes)
-        self._pings = self._replies.pings
         # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
         self._answers_pings = max_frame_bytes >= pings.MAX_BYTES
         # From the reading thread to the loop, in the order received.
@@ -80,7 +77,7 @@ class Dispatcher:
         if not count or not self._answers_pings or (self._loop is not None and self._loop.blocked is not None):
             return data
         # Without the lock: pings are counted and reported on the reading thread only.
-        self._pings.add(time.monotonic() - received, count=count)
+        self._replies.pings.add(time.monotonic() - received, count=count)
         send_packet(pongs)
         return data[used:]
 
@@ -192,8 +189,7 @@ class Dispatcher:
     def _admit(self, call: Call) -> None:
         assert self._loop is not None and call.work is not None
         self._open += 1
-        limited = call.request.command in self._limited
-        if limited and self._limiter.full:
+        if call.limited and self._limiter.full:
             call.work.close()  # else Python warns that it was never awaited
             load = f"{self._limiter.running} calls are running and {len(self._limiter.waiting)} are waiting"
             self._answer(call, None, Overloaded(load))
@@ -203,7 +199,7 @@ class Dispatcher:
         if timeout_ms is not None and timeout_ms < LONGEST_MS:
             late = TimedOut(f"not finished within {timeout_ms:g} ms")
             call.deadline = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
-        if limited:
+        if call.limited:
             call.slot = self._limiter.slot()
         # Not in the current context, which is that of the request that woke the loop.
         context = tracing.context(call.request.traceparent)

@@ -33,11 +33,15 @@ class Bench:
         # Called when there is room again.
         self.waiting_for_room: queue.Queue[Callable[[], object]] = queue.Queue()
         self.full = full
+
+        def limited(args: dict[str, Any], call: Call) -> Any:
+            call.limited = True
+            return work(args, call)
+
         limits = {"max_in_flight": 4, "max_queue": 10, "max_frame_bytes": 10_000, **limits}
         self.dispatcher = Dispatcher(
-            {"work": work},
+            {"work": limited},
             self._send,
-            limited=["work"],
             when_room=self._when_room,
             **limits,
         )

@@ -41,14 +41,13 @@ class Bench:
             "bad": self._bad,
             "exit": lambda args, call: sys.exit(3),
             "crash": lambda args, call: 1 / 0,
-            "work": lambda args, call: self._work(args, call),
+            "work": self._limited,
             "free": lambda args, call: self._work(args, call),
         }
         limits = {"max_in_flight": 2, "max_queue": 2, "max_frame_bytes": 1000, **limits}
         self.dispatcher = Dispatcher(
             table,
             self._send,
-            limited=["work"],
             when_room=lambda callback: False,
             **limits,
         )
@@ -65,6 +64,10 @@ class Bench:
     def _bad(self, args: Any, call: Any) -> Any:
         call.on_reply = lambda ok: self.logged.append("kept" if ok else "undone")
         raise InvalidArgs("x: expected\n  text")
+
+    def _limited(self, args: dict[str, Any], call: Any) -> Any:
+        call.limited = True
+        return self._work(args, call)
 
     async def _work(self, args: dict[str, Any], call: Any) -> Any:
         call.on_reply = lambda ok: self.logged.append("kept" if ok else "undone")

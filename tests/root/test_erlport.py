@@ -61,13 +61,17 @@ class Held:
             "echo": lambda args, call: args,
             "twice": lambda args, call: [args, args],
             "later": self._later,
-            "hold": self._hold,
+            "hold": self._limited,
             "ask": self._ask,
             "crash": lambda args, call: 1 / 0,
         }
 
     async def _later(self, args: dict[str, Any], call: Call) -> Any:
         return args
+
+    def _limited(self, args: dict[str, Any], call: Call) -> Any:
+        call.limited = True
+        return self._hold(args, call)
 
     async def _hold(self, args: dict[str, Any], call: Call) -> Any:
         self.started.release()
@@ -83,7 +87,6 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
     """The commands of `Held` in place of the six."""
     held = Held()
     monkeypatch.setattr(handlers.Commands, "table", lambda self: held.table())
-    monkeypatch.setattr(handlers, "LIMITED", ["hold"])
     return held
 
 
