@@ -14,8 +14,7 @@ from dspy_bridge import tracing
 from dspy_bridge.dispatch.call import Call, Channel, Limiter
 from dspy_bridge.dispatch.replies import ReplyEncoder, one_line
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
-from dspy_bridge.wire import messages, pings
-from dspy_bridge.wire.frames import TooLarge
+from dspy_bridge.wire import frames, messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class Dispatcher:
         self._on_start = on_start
         self._replies = ReplyEncoder(commands, max_frame_bytes)
         # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
-        self._answers_pings = max_frame_bytes >= pings.MAX_BYTES
+        self._answers_pings = max_frame_bytes >= frames.MAX_PING_BYTES
         # From the reading thread to the loop, in the order received.
         self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
         self._loop: EventLoop | None = None
@@ -73,7 +72,7 @@ class Dispatcher:
     def answer_pings(self, data: bytes, send_packet: Callable[[bytes], None]) -> bytes:
         """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
         received = time.monotonic()
-        pongs, count, used = pings.answer(data, time.time())
+        pongs, count, used = frames.answer_pings(data, time.time())
         if not count or not self._answers_pings or (self._loop is not None and self._loop.blocked is not None):
             return data
         # Without the lock: pings are counted and reported on the reading thread only.
@@ -81,10 +80,10 @@ class Dispatcher:
         send_packet(pongs)
         return data[used:]
 
-    def receive(self, frame: bytes | TooLarge) -> bytes | None:
+    def receive(self, frame: bytes | frames.TooLarge) -> bytes | None:
         """Take one frame, on the reading thread. Returns the reply if there is one already."""
         received = time.monotonic()
-        if isinstance(frame, TooLarge):
+        if isinstance(frame, frames.TooLarge):
             text = f"frame of {frame} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:

@@ -2,7 +2,7 @@
 
 jiter decodes: it keeps integers exact (orjson turns those past 64 bits into floats), reads a string of a megabyte in a
 sixth of orjson's time, and takes a millisecond or two to import. orjson encodes; its import takes 10 ms. The first ping
-waits for neither, if it has no arguments (`pings`).
+waits for neither, if it has no arguments (`frames.answer_pings`).
 """
 
 from __future__ import annotations
@@ -233,6 +233,4 @@ def _json_name(value: object) -> str:
 
 
 def _encode_id(id: Id | None) -> bytes:
-    if type(id) is int:
-        return b"%d" % id
-    return b"null" if id is None else encode_value(id)
+    return b"%d" % id if type(id) is int else encode_value(id)
