@@ -89,22 +89,18 @@ def _flags(arguments: list[str]) -> dict[str, str]:
 
 
 def _help() -> str:
-    lines = [
+    flags = "\n".join(
         f"  {setting.flag} VALUE\n      {setting.help} [{setting.variable}; default: {setting.default or 'none'}]"
         for setting in settings.SETTINGS
-    ]
-    return "\n".join(
-        [
-            "An Erlang port program that serves DSPy: frames of a 4-byte length and JSON.",
-            "",
-            "usage: python -m dspy_bridge [--version] [--help] [--NAME VALUE …]",
-            "",
-            *lines,
-            "",
-            "A flag wins over its environment variable. Secrets belong in the environment: ps shows flags.",
-            "",
-        ]
     )
+    return f"""An Erlang port program that serves DSPy: frames of a 4-byte length and JSON.
+
+usage: python -m dspy_bridge [--version] [--help] [--NAME VALUE …]
+
+{flags}
+
+A flag wins over its environment variable. Secrets belong in the environment: ps shows flags.
+"""
 
 
 if __name__ == "__main__":

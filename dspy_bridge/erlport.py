@@ -49,10 +49,9 @@ def call(command: Any, args: Any = None) -> dict[bytes, Any]:
 
     Until it returns, ErlPort runs no other call in this process; submitted commands go on.
     """
-    atom = _atom()
     answer: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     _send(command, args, answer.put)
-    return _reply(answer.get(), atom)
+    return _reply(answer.get())
 
 
 def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
@@ -60,13 +59,12 @@ def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
 
     `pid` may be an alias or `{name, node}`. For anything else an error is returned.
     """
-    atom = _atom()
     try:
         check_receiver(pid)
     except Unfit as error:
-        return _reply(_failure(error), atom)
+        return _reply(_failure(error))
     _send(command, args, lambda payload: _casts.submit(_cast, pid, ref, payload))
-    return atom(b"ok")
+    return _atom()(b"ok")
 
 
 class Peer:
@@ -139,18 +137,17 @@ def _failure(error: Exception) -> bytes:
     return messages.encode_failure(None, failure)
 
 
-def _reply(payload: bytes, atom: Callable[[bytes], Any]) -> dict[bytes, Any]:
+def _reply(payload: bytes) -> dict[bytes, Any]:
     """The term of a reply. Not parsed by jiter, which reads 200 levels: the result alone may have as many."""
     reply = json.loads(payload)
     del reply["id"]
-    term: dict[bytes, Any] = to_term(reply, atom)
+    term: dict[bytes, Any] = to_term(reply, _atom())
     return term
 
 
 def _cast(pid: Any, ref: Any, payload: bytes) -> None:
-    atom = _atom()
     try:
-        importlib.import_module("erlport.erlang").cast(pid, (atom(b"dspy_reply"), ref, _reply(payload, atom)))
+        importlib.import_module("erlport.erlang").cast(pid, (_atom()(b"dspy_reply"), ref, _reply(payload)))
     except EOFError:  # ErlPort raises it when Erlang is gone
         pass
     except Exception as error:  # such as a reference that ErlPort cannot encode

@@ -86,9 +86,9 @@ class Batch:
         if not self._items:
             return []
         expiry = None
-        if self._call.deadline is not None:
+        if self._call.ends is not None:
             whole = self._call.request.timeout_ms or 0.0
-            self._ends = self._call.deadline.when() - min(_EARLIER, whole / 10_000)
+            self._ends = self._call.ends - min(_EARLIER, whole / 10_000)
             expiry = self._loop.call_at(self._ends, self._expire, whole)
         starting = self._loop.create_task(self._start_all())
         try:

@@ -86,10 +86,8 @@ class ProgramLoader:
         try:
             # A cancelled waiter does not stop it for the others.
             return await asyncio.shield(entry.loading)
-        except asyncio.CancelledError:
-            raise
-        except BaseException:  # user code may raise anything
-            if entry.failure is None:
+        except BaseException as error:  # user code may raise anything
+            if entry.failure is None or isinstance(error, asyncio.CancelledError):
                 raise
             raise LoadFailed(entry.id, entry.failure) from None
 

@@ -43,18 +43,14 @@ class Call:
         self.started: float | None = received
         self.work: Coroutine[Any, Any, Any] | None = None
         self.task: asyncio.Task[Any] | None = None
+        # In seconds of `time.monotonic`, which is the loop's clock; and the timer, which another one may replace.
+        self.ends: float | None = None
         self.deadline: asyncio.TimerHandle | None = None
         self.slot: asyncio.Future[None] | None = None
         self.meter: Any = None
         self.limited = self.slot_transferred = False
         self.on_reply: Callable[[bool], object] | None = None
         self.answered = False
-
-    @property
-    def ends(self) -> float | None:
-        """Its deadline in seconds of `time.monotonic`, or None."""
-        # The loop's clock is `time.monotonic`.
-        return None if self.deadline is None else self.deadline.when()
 
     async def stream_item(self, item: dict[str, Any]) -> None:
         """Send an item of the stream; returns when the client can take more."""
@@ -93,7 +89,7 @@ class Call:
 class Channel:
     """What calls share. `push` sends a payload in order with the replies; `when_room`: see `FrameWriter`."""
 
-    # Set by `attach`.
+    # Set on the loop's thread, before there are tasks.
     loop: asyncio.AbstractEventLoop
     thread = 0
 
@@ -106,11 +102,6 @@ class Channel:
         self._last_call_id = 0
         self._pending: dict[int, asyncio.Future[messages.ToolResult]] = {}
         self._closed = False
-
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Set the event loop, on its thread."""
-        self.loop = loop
-        self.thread = threading.get_ident()
 
     async def call_tool(self, id: messages.Id, name: str, args: dict[str, Any]) -> Any:
         """The result of one of the client's tools. Raises `ToolFailed` with the client's error text."""

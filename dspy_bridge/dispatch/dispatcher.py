@@ -166,7 +166,7 @@ class Dispatcher:
 
         loop = EventLoop()
         self._on_start()
-        self._channel.attach(loop)
+        self._channel.loop, self._channel.thread = loop, threading.get_ident()
         # From here on `wake` goes through the loop; what came before is taken first.
         self._loop = loop
         loop.call_soon(self._take_inbox)
@@ -197,7 +197,8 @@ class Dispatcher:
         timeout_ms = call.request.timeout_ms
         if timeout_ms is not None and timeout_ms < LONGEST_MS:
             late = TimedOut(f"not finished within {timeout_ms:g} ms")
-            call.deadline = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
+            call.ends = call.received + timeout_ms / 1000
+            call.deadline = self._loop.call_at(call.ends, self._stop, call, late)
         if call.limited:
             call.slot = self._limiter.slot()
         # Not in the current context, which is that of the request that woke the loop.

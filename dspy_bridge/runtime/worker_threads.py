@@ -97,10 +97,9 @@ def current_job() -> Job:
 
 
 class WorkerThreads:
-    """At most `most` worker threads."""
+    """At most `MAX_THREADS` worker threads."""
 
-    def __init__(self, most: int = MAX_THREADS) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._pool: DaemonThreads | None = None
         self._lock = threading.Lock()
         self._running = self._abandoned = 0
@@ -118,7 +117,7 @@ class WorkerThreads:
         from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
         if self._pool is None:
-            self._pool = DaemonThreads(self._most, "dspy_bridge-sync")
+            self._pool = DaemonThreads(MAX_THREADS, "dspy_bridge-sync")
         loop = asyncio.get_running_loop()
         job = Job(loop, large_inputs.loop() if large_inputs.here.get() else loop)
         context = contextvars.copy_context()
@@ -135,7 +134,7 @@ class WorkerThreads:
 
     def counts(self) -> dict[str, int]:
         """`{"running", "abandoned", "max"}`; the abandoned ones are among the running."""
-        return {"running": self._running, "abandoned": self._abandoned, "max": self._most}
+        return {"running": self._running, "abandoned": self._abandoned, "max": MAX_THREADS}
 
     def _counted(self, context: Context, work: Callable[[], T]) -> T:
         self._count(running=1)
