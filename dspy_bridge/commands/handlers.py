@@ -230,11 +230,8 @@ class Commands:
                 if call.request.meta:
                     from dspy_bridge.lm.metering.meter import Meter
 
-                    request = call.request
-                    call.meter = Meter(
-                        self._settings.history_bytes if request.history else None,
-                        call.received if request.lm_events else None,
-                    )
+                    history_bytes = self._settings.history_bytes if call.request.history else None
+                    call.meter = Meter(history_bytes, call.received if call.request.lm_events else None)
                 return entry, program
             except (SetupFailed, LoadFailed, asyncio.CancelledError):
                 raise
@@ -251,5 +248,5 @@ def _versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    libraries = {name: version(name) for name in ("dspy", "psutil")}
-    return {"dspy_bridge": __version__, "python": platform.python_version(), **libraries}
+    own = {"dspy_bridge": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in ("dspy", "psutil")}

@@ -126,16 +126,14 @@ class EventLoop(asyncio.SelectorEventLoop):
                 place = step[1]
                 held += min(time.monotonic() - before, 2 * _TICK)
                 if held >= BLOCKED:
-                    self._block(f"the event loop has been blocked for {held:.0f} s by {place}")
+                    text = f"the event loop has been blocked for {held:.0f} s by {place}"
+                    if self.blocked is None:
+                        logs.warn(f"{text}: nothing else runs, no deadline passes, and pings fail")
+                    self.blocked = text
             else:
                 if held >= SLOW:
                     logs.warn(f"{place} blocked the event loop for {held:.1f} s")
                 self.blocked, held = None, 0.0
-
-    def _block(self, text: str) -> None:
-        if self.blocked is None:
-            logs.warn(f"{text}: nothing else runs, no deadline passes, and pings fail")
-        self.blocked = text
 
     # Private methods of asyncio. If they are gone, these are never called.
 

@@ -98,21 +98,17 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
         raise MessageError(f"expected a JSON object, got {_json_name(message)}")
     if "command" not in message:
         if "cancel" in message:
-            return _cancel(message)
+            if _is_id(message["cancel"]):
+                return Cancel(message["cancel"])
+            id = message.get("id")
+            text = "cancel: expected the id of a request, an integer or text"
+            raise MessageError(text, id if _is_id(id) else None)
         if "tool_result" in message:
             return _tool_result(message["tool_result"])
     id = message.get("id")
     if not _is_id(id):
         raise MessageError(f"id: expected an integer or text, got {_got(message, 'id')}")
     return Request(id, message)
-
-
-def _cancel(message: dict[str, Any]) -> Cancel:
-    if not _is_id(message["cancel"]):
-        id = message.get("id")
-        text = "cancel: expected the id of a request, an integer or text"
-        raise MessageError(text, id if _is_id(id) else None)
-    return Cancel(message["cancel"])
 
 
 def _tool_result(result: Any) -> ToolResult:
@@ -205,10 +201,10 @@ def readable_id(payload: bytes) -> Id | None:
     import jiter
 
     try:
-        id = jiter.from_json(match[1])
+        id: Id = jiter.from_json(match[1])
     except ValueError:
         return None
-    return id if _is_id(id) else None
+    return id
 
 
 def readable_call_id(payload: bytes) -> int | None:
@@ -228,8 +224,7 @@ def _got(message: dict[str, Any], key: str) -> str:
 def _json_name(value: object) -> str:
     if value is None:
         return "null"
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+    return {dict: "an object", list: "a list", str: "text", bool: "a boolean"}.get(type(value), "a number")
 
 
 def _encode_id(id: Id | None) -> bytes:
