@@ -100,11 +100,8 @@ class Registry:
     def remove(self, ids: Iterable[str] | None) -> int:
         """Remove the given programs, or all; returns how many there were."""
         with self._lock:
-            if ids is None:
-                count = len(self._entries)
-                self._entries.clear()
-                return count
-            return sum(self._entries.pop(id, None) is not None for id in dict.fromkeys(ids))
+            removed = list(self._entries) if ids is None else ids
+            return sum(self._entries.pop(id, None) is not None for id in removed)
 
     def answered(self) -> list[Entry]:
         """For each id the last answered entry, oldest first."""

@@ -107,12 +107,9 @@ class FrameWriter:
                 written = os.write(self.fd, chunk)
             except BlockingIOError:
                 return memoryview(chunk)
-            except ConnectionError:  # EPIPE, or another end of a socket
-                self._on_gone(None)
-                return None
             except OSError as error:
-                # Such as a file on a disk that is full.
-                self._on_gone(error.strerror)
+                # The other end is gone; or it is a file, on a disk that is full.
+                self._on_gone(None if isinstance(error, ConnectionError) else error.strerror)
                 return None
             if written == len(chunk):
                 return None

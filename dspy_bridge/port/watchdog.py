@@ -148,14 +148,6 @@ def _polled(fd: int, events: int, seconds: float) -> int:
 
 def _kill_descendants(root: int | None) -> None:
     """Kill the descendants of `root`, and all processes with the mark. `root`: None once it is gone, for pid reuse."""
-    for pid in _descendants(root) - {os.getpid()}:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except OSError:
-            pass  # it has ended, or is another user's
-
-
-def _descendants(root: int | None) -> set[int]:
     import psutil
 
     children: dict[int, list[int]] = {}
@@ -169,4 +161,8 @@ def _descendants(root: int | None) -> set[int]:
         found += children.get(root, ())
     for pid in found:
         found += (child for child in children.get(pid, ()) if child not in found)
-    return set(found) - {root}
+    for pid in set(found) - {root, os.getpid()}:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass  # it has ended, or is another user's

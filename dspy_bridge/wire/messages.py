@@ -163,10 +163,8 @@ def encode_tool_call(id: Id, call_id: int, name: str, args: dict[str, Any]) -> b
 
 def encode_log(level: str, logger: str, message: str, traceparent: str | None) -> bytes:
     """The payload of a log record (`DSPY_BRIDGE_LOG_FRAMES`)."""
-    record = {"level": level, "logger": logger, "message": message}
-    if traceparent is not None:
-        record["traceparent"] = traceparent
-    return encode_value({"log": record})
+    trace = {} if traceparent is None else {"traceparent": traceparent}
+    return encode_value({"log": {"level": level, "logger": logger, "message": message, **trace}})
 
 
 def _loads(payload: bytes) -> Any:
