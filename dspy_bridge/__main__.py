@@ -12,10 +12,6 @@ from dspy_bridge import __version__, settings
 from dspy_bridge.port import stdio, watchdog
 from dspy_bridge.wire.json_values import MAX_INT_DIGITS
 
-STACK_BYTES = 8 << 20
-# What decodes and encodes messages; both come with DSPy.
-_NEEDED = ("jiter", "orjson")
-
 
 def main() -> int:
     """Run the port program. Returns the exit code: 0 after the end of input, 2 for an invalid argument or setting."""
@@ -31,9 +27,9 @@ def main() -> int:
         chosen = settings.load(os.environ, _flags(sys.argv[1:]))
     except settings.SettingError as error:
         return stdio.refuse(str(error))
-    missing = [name for name in _NEEDED if importlib.machinery.PathFinder.find_spec(name) is None]
+    # They decode and encode messages, and come with DSPy. Without them only pings would be answered.
+    missing = [name for name in ("jiter", "orjson") if importlib.machinery.PathFinder.find_spec(name) is None]
     if missing:
-        # Else only pings would be answered.
         text = f"{' and '.join(missing)} cannot be imported by {sys.executable}; expected a Python with DSPy"
         return stdio.refuse(f"{text}: mix dspex.setup makes one")
     if os.isatty(0):
@@ -57,8 +53,8 @@ def _serve(chosen: settings.Settings, reading: int, writing: int) -> None:
     from dspy_bridge.port.frame_writer import FrameWriter
     from dspy_bridge.wire import messages
 
-    # glibc gives as much. musl gives 128 KB, where deeply nested answers of an LM overflow the stack.
-    threading.stack_size(STACK_BYTES)
+    # 8 MB, as glibc gives. musl gives 128 KB, where deeply nested answers of an LM overflow the stack.
+    threading.stack_size(8 << 20)
     writer = FrameWriter(writing, reader.exit_now)
 
     def send_log(level: str, logger: str, message: str, traceparent: str | None) -> None:

@@ -85,11 +85,11 @@ class Batch:
         """`{"success", "result"}` or `{"success", "error", "error_type"}` for each of the inputs, in their order."""
         if not self._items:
             return []
-        expiry = None
-        if self._call.ends is not None:
+        expiry, deadline = None, self._call.deadline
+        if deadline is not None:
             whole = self._call.request.timeout_ms or 0.0
-            self._ends = self._call.ends - min(_EARLIER, whole / 10_000)
-            expiry = self._loop.call_at(self._ends, self._expire, whole)
+            self._ends = deadline.when() - min(_EARLIER, whole / 10_000)
+            expiry = self._loop.call_at(self._ends, self._expire, deadline, whole)
         starting = self._loop.create_task(self._start_all())
         try:
             await self._over
@@ -154,10 +154,9 @@ class Batch:
         self._fail(index, self._failure(TimedOut(f"not finished within {ms:g} ms")))
         task.cancel()
 
-    def _expire(self, whole: float) -> None:
+    def _expire(self, deadline: asyncio.TimerHandle, whole: float) -> None:
         # If the loop is late, the deadline is due with this, and would answer for all of them first.
-        if self._call.deadline is not None:
-            self._call.deadline.cancel()
+        deadline.cancel()
         # Made once: there may be ten thousands of items, and the client's own timeout is near.
         result = self._failure(TimedOut(f"not finished within {whole:g} ms"))
         for index in range(len(self._items)):

@@ -43,7 +43,7 @@ class Call:
         self.started: float | None = received
         self.work: Coroutine[Any, Any, Any] | None = None
         self.task: asyncio.Task[Any] | None = None
-        # In seconds of `time.monotonic`, which is the loop's clock; and the timer, which another one may replace.
+        # When its deadline is, in seconds of `time.monotonic`, which is the clock of the loop; and its timer.
         self.ends: float | None = None
         self.deadline: asyncio.TimerHandle | None = None
         self.slot: asyncio.Future[None] | None = None

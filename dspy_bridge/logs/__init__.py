@@ -12,21 +12,20 @@ if TYPE_CHECKING:
     # Of a level, a logger, a message, and a traceparent if there is one.
     SendRecord = Callable[[str, str, str, str | None], None]
 
-_level = "info"
-_send: SendRecord | None = None
+_chosen: tuple[str, SendRecord | None] = ("info", None)
 
 
 def choose(level: str, send: SendRecord | None) -> None:
     """Have records of `level` and above sent through `send`, which may wait, or to stderr if it is None."""
-    global _level, _send
-    _level, _send = level, send
+    global _chosen
+    _chosen = level, send
 
 
 def set_up() -> ModuleType:
     """Set up `logging`, unless that was done; returns `peer_log`."""
     from dspy_bridge.logs import peer_log
 
-    peer_log.setup(_level, _send)
+    peer_log.setup(*_chosen)
     return peer_log
 
 

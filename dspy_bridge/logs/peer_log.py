@@ -188,15 +188,10 @@ class _Stream:
         return getattr(self._stream, name)
 
 
-_installed = False
-
-
 def drop_where(dropped: Callable[[], bool]) -> None:
     """Drop from now on what such libraries print and log in threads for which `dropped()` is true at the time."""
-    global _installed
-    if _installed:
+    if isinstance(sys.stderr, _Stream):
         return
-    _installed = True
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None:
             setattr(sys, name, _Stream(stream, dropped))
