@@ -10,20 +10,7 @@ import threading
 
 from dspy_bridge import __version__, settings
 from dspy_bridge.port import stdio, watchdog
-from dspy_bridge.port.stderr import refuse
 from dspy_bridge.wire.json_values import MAX_INT_DIGITS
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Mapping
-    from typing import NoReturn
-
-    from dspy_bridge.settings import Settings
-
-STACK_BYTES = 8 << 20
-# What decodes and encodes messages; both come with DSPy.
-_NEEDED = ("jiter", "orjson")
 
 
 def main() -> int:
@@ -33,35 +20,25 @@ def main() -> int:
     if hasattr(sys, "set_int_max_str_digits"):
         # The protocol's limit takes precedence over PYTHONINTMAXSTRDIGITS.
         sys.set_int_max_str_digits(MAX_INT_DIGITS)
-    flags: Mapping[str, str] = {}
-    if len(sys.argv) > 1:
-        arguments, unknown = _parser().parse_known_args()
-        if unknown:
-            # The values of flags may be secrets.
-            before = ["", *unknown]
-            names = [
-                text.partition("=")[0]
-                for text, last in zip(unknown, before, strict=False)
-                if text.startswith("-") or not last.startswith("-")
-            ]
-            return refuse(f"unknown arguments {' '.join(names)}; --help lists all")
-        flags = {name: text for name, text in vars(arguments).items() if isinstance(text, str)}
+    if sys.argv[1:] in (["--version"], ["--help"], ["-h"]):
+        sys.stdout.write(f"dspy_bridge {__version__}\n" if sys.argv[1] == "--version" else _help())
+        return 0
     try:
-        chosen = settings.load(os.environ, flags)
+        chosen = settings.load(os.environ, _flags(sys.argv[1:]))
     except settings.SettingError as error:
-        return refuse(str(error))
-    missing = [name for name in _NEEDED if importlib.machinery.PathFinder.find_spec(name) is None]
+        return stdio.refuse(str(error))
+    # They decode and encode messages, and come with DSPy. Without them only pings would be answered.
+    missing = [name for name in ("jiter", "orjson") if importlib.machinery.PathFinder.find_spec(name) is None]
     if missing:
-        # Else only pings would be answered.
         text = f"{' and '.join(missing)} cannot be imported by {sys.executable}; expected a Python with DSPy"
-        return refuse(f"{text}: mix dspex.setup makes one")
+        return stdio.refuse(f"{text}: mix dspex.setup makes one")
     if os.isatty(0):
-        return refuse("stdin is a terminal: this program is opened by a port; try --help")
+        return stdio.refuse("stdin is a terminal: this program is opened by a port; try --help")
     # Before importing anything that might print.
     try:
         reading, writing = stdio.take()
     except OSError:
-        return refuse("stdin or stdout is closed: this program is opened by a port")
+        return stdio.refuse("stdin or stdout is closed: this program is opened by a port")
     # A fork, so before there are threads and before much is imported.
     own = watchdog.start(reading, writing)
     stdio.keep_from_children(reading, writing, *own)
@@ -70,14 +47,14 @@ def main() -> int:
     return 0
 
 
-def _serve(chosen: Settings, reading: int, writing: int) -> None:
-    from dspy_bridge import app
+def _serve(chosen: settings.Settings, reading: int, writing: int) -> None:
+    from dspy_bridge.commands.handlers import Commands
     from dspy_bridge.port import reader
     from dspy_bridge.port.frame_writer import FrameWriter
     from dspy_bridge.wire import messages
 
-    # glibc gives as much. musl gives 128 KB, where deeply nested answers of an LM overflow the stack.
-    threading.stack_size(STACK_BYTES)
+    # 8 MB, as glibc gives. musl gives 128 KB, where deeply nested answers of an LM overflow the stack.
+    threading.stack_size(8 << 20)
     writer = FrameWriter(writing, reader.exit_now)
 
     def send_log(level: str, logger: str, message: str, traceparent: str | None) -> None:
@@ -85,38 +62,41 @@ def _serve(chosen: Settings, reading: int, writing: int) -> None:
         writer.wait_for_room(lambda: False)
         writer.send([messages.encode_log(level, logger, message, traceparent)])
 
-    dispatcher = app.build_dispatcher(chosen, writer.send, send_log=send_log, when_room=writer.when_room)
+    dispatcher = Commands(chosen, writer.send, send_log=send_log, when_room=writer.when_room).dispatcher
     # After the watchdog was forked, which must outlive the peer.
     stdio.raise_oom_score()
     reader.serve(reading, writer, dispatcher, chosen.max_frame_bytes, chosen.drain_ms)
 
 
-def _parser() -> argparse.ArgumentParser:
-    import argparse
+def _flags(arguments: list[str]) -> dict[str, str]:
+    """The texts of `--name value` and `--name=value`. Raises `SettingError`, without values, which may be secrets."""
+    names = {setting.flag: setting.name for setting in settings.SETTINGS}
+    flags: dict[str, str] = {}
+    left = iter(arguments)
+    for argument in left:
+        flag, equals, after = argument.partition("=")
+        if flag not in names:
+            raise settings.SettingError(f"unknown argument {flag}; --help lists all")
+        text = after if equals else next(left, None)
+        if text is None:
+            raise settings.SettingError(f"{flag}: expected a value")
+        flags[names[flag]] = text
+    return flags
 
-    from dspy_bridge.settings import SETTINGS
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            sys.exit(refuse(message))
-
-    parser = Parser(
-        prog="python -m dspy_bridge",
-        description="An Erlang port program that serves DSPy: frames of a 4-byte length and JSON.",
-        epilog="A flag wins over its environment variable. Secrets belong in the environment: ps shows flags.",
-        allow_abbrev=False,
+def _help() -> str:
+    flags = "\n".join(
+        f"  {setting.flag} VALUE\n      {setting.help} [{setting.variable}; default: {setting.default or 'none'}]"
+        for setting in settings.SETTINGS
     )
-    parser.add_argument("--version", action="version", version=f"dspy_bridge {__version__}")
-    for setting in SETTINGS:
-        default = f"default: {setting.default}" if setting.default else "default: none"
-        parser.add_argument(
-            setting.flag,
-            dest=setting.name,
-            metavar="VALUE",
-            default=argparse.SUPPRESS,
-            help=f"{setting.help} [{setting.variable}; {default}]",
-        )
-    return parser
+    return f"""An Erlang port program that serves DSPy: frames of a 4-byte length and JSON.
+
+usage: python -m dspy_bridge [--version] [--help] [--NAME VALUE …]
+
+{flags}
+
+A flag wins over its environment variable. Secrets belong in the environment: ps shows flags.
+"""
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
     those that an empty environment lacks, and those of them that are set; `why`: DSPy's reason for `lacks`.
     """
     import dspy
+    from dspy.clients.backend_selection import select_backend
 
     from dspy_bridge.errors import InvalidArgs, LMNotConfigured
     from dspy_bridge.lm import lm_options
@@ -52,7 +53,7 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
             return {"asked": probe.ask(model, options, split.supports)}
         lm = dspy.LM(model, **options)
         routes.refuse_litellm(lm, {}, "lm_options")
-        chosen = _engine(lm)
+        chosen = select_backend(lm)
     except LMNotConfigured as error:
         return {"lacking": str(error)}
     except InvalidArgs as error:
@@ -60,17 +61,9 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
     except (TypeError, ValueError, dspy.LMError) as error:
         return {"refused": f"{type(error).__name__}: {_first_line(error)}"}
     facts: dict[str, Any] = {"engine": "dspy", "known": True, "key": True, "needs": [], "lacks": [], "why": None}
-    facts.update(_native(chosen) if chosen else _litellm(model, options))
+    facts.update(_native(chosen) if chosen.native else _litellm(model, options))
     facts["unreachable"] = _unreachable(options.get("api_base") or options.get("base_url"), split.connect_timeout)
     return {**facts, "set": [name for name in facts["needs"] if name in variables]}
-
-
-def _engine(lm: Any) -> Any:
-    """What DSPy's own engine makes of the LM; None if LiteLLM serves it."""
-    from dspy.clients.backend_selection import select_backend
-
-    chosen = select_backend(lm)
-    return chosen if chosen.native else None
 
 
 def _native(chosen: Any) -> dict[str, Any]:

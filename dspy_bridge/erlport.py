@@ -18,6 +18,7 @@ call has no way back while it runs.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -28,8 +29,9 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dspy_bridge import app, settings
-from dspy_bridge.dispatch import error_replies
+from dspy_bridge import logs, settings
+from dspy_bridge.commands.handlers import Commands
+from dspy_bridge.dispatch import replies
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 from dspy_bridge.settings import SettingError
 from dspy_bridge.wire import messages
@@ -47,10 +49,9 @@ def call(command: Any, args: Any = None) -> dict[bytes, Any]:
 
     Until it returns, ErlPort runs no other call in this process; submitted commands go on.
     """
-    atom = _atom()
     answer: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     _send(command, args, answer.put)
-    return _reply(answer.get(), atom)
+    return _reply(answer.get())
 
 
 def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
@@ -58,13 +59,12 @@ def submit(pid: Any, ref: Any, command: Any, args: Any = None) -> Any:
 
     `pid` may be an alias or `{name, node}`. For anything else an error is returned.
     """
-    atom = _atom()
     try:
         check_receiver(pid)
     except Unfit as error:
-        return _reply(messages.encode_failure(None, _failure(error)), atom)
+        return _reply(_failure(error))
     _send(command, args, lambda payload: _casts.submit(_cast, pid, ref, payload))
-    return atom(b"ok")
+    return _atom()(b"ok")
 
 
 class Peer:
@@ -73,7 +73,7 @@ class Peer:
     def __init__(self) -> None:
         """Raises `SettingError`."""
         self.settings = settings.load(os.environ, {})
-        self._dispatcher = app.build_dispatcher(self.settings, self._deliver)
+        self._dispatcher = Commands(self.settings, self._deliver).dispatcher
         self._ids = itertools.count(1)
         # Single operations on a dict are thread-safe.
         self._waiting: dict[int, Callable[[bytes], object]] = {}
@@ -109,61 +109,52 @@ class Peer:
                 self._receive(encode_value({"tool_result": result}))
 
 
-_lock = threading.Lock()
-_peer: Peer | None = None
 # Sends replies to `submit`. Not the event loop: ErlPort takes long to encode a large reply, and its pipe may be full,
 # which must not delay the other runs.
 _casts = DaemonThreads(1, "dspy_bridge-cast")
 
 
-def _the_peer() -> Peer:
+@functools.cache
+def _peer() -> Peer:
     """The peer; the first call makes it. Raises `SettingError`, until the environment is corrected."""
-    global _peer
-    with _lock:
-        if _peer is None:
-            _peer = Peer()
-        return _peer
+    return Peer()
 
 
 def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
     """As `Peer.send`, from terms; an error is sent as the reply."""
     try:
-        peer = _the_peer()
-        peer.send(to_command(command), from_term(args), reply)
+        _peer().send(to_command(command), from_term(args), reply)
     except Exception as error:
-        reply(messages.encode_failure(None, _failure(error)))
+        reply(_failure(error))
 
 
-def _failure(error: Exception) -> dict[str, Any]:
-    if isinstance(error, (Unfit, SettingError)):
-        return messages.failure(getattr(error, "error_type", "internal"), error_replies.one_line(str(error)))
-    return error_replies.describe(error, _log_exception)
+def _failure(error: Exception) -> bytes:
+    failure = (
+        replies.describe(error)
+        if not isinstance(error, (Unfit, SettingError))
+        else messages.failure(getattr(error, "error_type", "internal"), replies.one_line(str(error)))
+    )
+    return messages.encode_failure(None, failure)
 
 
-def _reply(payload: bytes, atom: Callable[[bytes], Any]) -> dict[bytes, Any]:
+def _reply(payload: bytes) -> dict[bytes, Any]:
     """The term of a reply. Not parsed by jiter, which reads 200 levels: the result alone may have as many."""
     reply = json.loads(payload)
     del reply["id"]
-    term: dict[bytes, Any] = to_term(reply, atom)
+    term: dict[bytes, Any] = to_term(reply, _atom())
     return term
 
 
 def _cast(pid: Any, ref: Any, payload: bytes) -> None:
-    atom = _atom()
     try:
-        importlib.import_module("erlport.erlang").cast(pid, (atom(b"dspy_reply"), ref, _reply(payload, atom)))
+        importlib.import_module("erlport.erlang").cast(pid, (_atom()(b"dspy_reply"), ref, _reply(payload)))
     except EOFError:  # ErlPort raises it when Erlang is gone
         pass
     except Exception as error:  # such as a reference that ErlPort cannot encode
-        _log_exception(error)
+        logs.exception(error)
 
 
 def _atom() -> Callable[[bytes], Any]:
     """ErlPort's type of atoms. Its Python side comes with its Erlang package, so it is missing elsewhere."""
     atom: Callable[[bytes], Any] = importlib.import_module("erlport.erlterms").Atom
     return atom
-
-
-def _log_exception(error: BaseException) -> str:
-    reference: str = app.set_up_logs("info" if _peer is None else _peer.settings.log_level).exception(error)
-    return reference

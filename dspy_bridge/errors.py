@@ -24,16 +24,16 @@ class BridgeError(Exception):
 # The longest name that is not cut, and the characters that would break the line or control a terminal.
 _MOST_NAMED = 4096
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+# No known name is longer; the comparison with them takes the square of the length.
+_MOST_MISSPELT = 60
+# Above `delete_program`, which is no `execute_program`.
+_NEAR = 0.85
 
 
 def _named(name: str) -> str:
     """A name as the client sent it; control characters are escaped, and a very long one is cut."""
     name = name if len(name) <= _MOST_NAMED else f"{name[: _MOST_NAMED - 1]}…"
     return name.translate(_CONTROLS)
-
-
-class InvalidArgs(BridgeError):
-    error_type = "invalid_args"
 
 
 def short(text: str) -> str:
@@ -57,12 +57,6 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(given, list(known), 1, _NEAR)), None)
 
 
-# Above `delete_program`, which is no `execute_program`.
-_NEAR = 0.85
-# No known name is longer; the comparison takes the square of the length.
-_MOST_MISSPELT = 60
-
-
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str = "") -> None:
     """Raises `InvalidArgs` for a name that is not in `known`. `where`: the object that has it; an argument if empty."""
     for name in given:
@@ -71,6 +65,10 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str = "") 
             near = nearest(name, known)
             meant = f"did you mean {near}? " if near else ""
             raise InvalidArgs(f"{text}; {meant}expected {', '.join(known) or 'none'}")
+
+
+class InvalidArgs(BridgeError):
+    error_type = "invalid_args"
 
 
 class UnknownCommand(BridgeError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
+    from typing import Any, TypeVar
 
-PREFIX = "DSPY_BRIDGE_"
+    T = TypeVar("T")
+
 ADAPTERS = ("chat", "json", "xml")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -17,67 +20,21 @@ class SettingError(Exception):
 
 
 class Setting:
-    """One setting: its environment variable is `PREFIX` + NAME, its flag `--name`."""
+    """One setting: its environment variable is DSPY_BRIDGE_NAME, its flag `--name`."""
 
-    __slots__ = ("default", "help", "name", "read")
-
-    def __init__(self, name: str, read: Callable[[str], Any], default: str, help: str) -> None:
-        self.name = name
+    def __init__(self, read: Callable[[str], Any], default: str, help: str) -> None:
         self.read = read
         self.default = default
         self.help = help
 
-    @property
-    def variable(self) -> str:
-        """The environment variable's name."""
-        return PREFIX + self.name.upper()
-
-    @property
-    def flag(self) -> str:
-        """The command line flag's name."""
-        return "--" + self.name.replace("_", "-")
+    def __set_name__(self, _owner: type, name: str) -> None:
+        self.name = name
+        self.variable = f"DSPY_BRIDGE_{name.upper()}"
+        self.flag = "--" + name.replace("_", "-")
 
 
-class Settings:
-    """The values of all settings, checked."""
-
-    lm: str | None
-    lm_options: dict[str, Any]
-    adapter: str | None
-    strict_fields: bool
-    warm: bool
-    max_in_flight: int
-    max_optimizes: int
-    max_queue: int
-    cache_entries: int
-    disk_cache: str | None
-    init: str | None
-    allow_modules: tuple[str, ...]
-    allow_code: bool
-    state_dir: str | None
-    files_dir: str | None
-    max_frame_bytes: int
-    max_lm_bytes: int
-    history_bytes: int
-    drain_ms: int
-    log_level: str
-    log_frames: bool
-
-    def __init__(self, texts: Mapping[str, str]) -> None:
-        """`texts`: setting name to its text; an absent or empty one takes its default. Raises `SettingError`."""
-        for setting in SETTINGS:
-            text = texts.get(setting.name, "").strip() or setting.default
-            try:
-                value = setting.read(text)
-            except ValueError as error:
-                raise SettingError(f"{setting.variable} ({setting.flag}): {error}") from None
-            setattr(self, setting.name, value)
-
-
-def load(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
-    """Flags win over the environment. Raises `SettingError`."""
-    texts = {s.name: environment[s.variable] for s in SETTINGS if s.variable in environment}
-    return Settings({**texts, **flags})
+def _setting(read: Callable[[str], T], default: str, help: str) -> T:
+    return Setting(read, default, help)  # type: ignore[return-value]  # its value takes its place
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -137,8 +94,6 @@ def _prefixes(text: str) -> tuple[str, ...]:
 
 
 def _folder(text: str) -> str | None:
-    import os
-
     if text and os.path.exists(text) and not os.path.isdir(text):
         raise ValueError("expected a folder")
     return os.path.abspath(text) if text else None
@@ -148,28 +103,46 @@ def _flag(text: str) -> bool:
     return _one_of("0", "1", "false", "true")(text) in ("1", "true")
 
 
-SETTINGS = (
-    Setting("lm", _text, "", "the default LM as DSPy names it (openai/gpt-4o-mini); offline/echo needs no network"),
-    Setting("lm_options", _object, "{}", "JSON keyword arguments of dspy.LM; in the environment, as ps shows flags"),
-    Setting("adapter", _adapter, "", f"the default adapter: {', '.join(ADAPTERS)}; DSPy's own choice if unset"),
-    Setting("strict_fields", _flag, "1", "0: if an answer has a field twice, DSPy's choice is taken, silently"),
-    Setting("warm", _flag, "0", "1: LiteLLM, if an LM needs it, is imported when that is known, not in its first call"),
-    Setting("max_in_flight", _whole(1), "256", "programs running at once; more wait for a slot"),
-    Setting("max_queue", _whole(0), "10000", "runs that wait for a slot; more are refused as overloaded"),
-    Setting("max_optimizes", _whole(1), "2", "programs being optimized at once; more are refused as overloaded"),
-    Setting("cache_entries", _whole(0), "10000", "LM answers kept in memory; 0: none"),
-    Setting("disk_cache", _folder, "", "a folder for DSPy's disk cache; off if unset"),
-    Setting("init", _function, "", "package.module:function called once DSPy is imported, before the first program"),
-    Setting(
-        "allow_modules", _prefixes, "", "prefixes of package.module:Class that may be program types; none if unset"
-    ),
-    Setting("allow_code", _flag, "0", "1: program types that run code which an LM wrote are allowed"),
-    Setting("files_dir", _folder, "", "a folder whose files image, audio and file inputs may name; none if unset"),
-    Setting("state_dir", _folder, "", "a folder whose files state_path may name; none if unset"),
-    Setting("max_frame_bytes", _whole(1), str(64 * 1024 * 1024), "the longest frame, in bytes, either way"),
-    Setting("max_lm_bytes", _whole(1), str(32 * 1024 * 1024), "the longest answer of an LM, in bytes, unpacked"),
-    Setting("history_bytes", _whole(0), str(1024 * 1024), "the most that history may take in a reply, in bytes"),
-    Setting("drain_ms", _whole(0), "5000", "how long work goes on after the end of input, in ms"),
-    Setting("log_level", _one_of(*LOG_LEVELS), "info", f"{', '.join(LOG_LEVELS)}"),
-    Setting("log_frames", _flag, "0", "1: log records are sent as frames instead of to stderr"),
-)
+class Settings:
+    """The values of all settings, checked."""
+
+    lm = _setting(_text, "", "the default LM as DSPy names it (openai/gpt-4o-mini); offline/echo needs no network")
+    lm_options = _setting(_object, "{}", "JSON keyword arguments of dspy.LM; in the environment, as ps shows flags")
+    adapter = _setting(_adapter, "", f"the default adapter: {', '.join(ADAPTERS)}; DSPy's own choice if unset")
+    strict_fields = _setting(_flag, "1", "0: if an answer has a field twice, DSPy's choice is taken, silently")
+    warm = _setting(_flag, "0", "1: LiteLLM, if an LM needs it, is imported when that is known, not in its first call")
+    max_in_flight = _setting(_whole(1), "256", "programs running at once; more wait for a slot")
+    max_queue = _setting(_whole(0), "10000", "runs that wait for a slot; more are refused as overloaded")
+    max_optimizes = _setting(_whole(1), "2", "programs being optimized at once; more are refused as overloaded")
+    cache_entries = _setting(_whole(0), "10000", "LM answers kept in memory; 0: none")
+    disk_cache = _setting(_folder, "", "a folder for DSPy's disk cache; off if unset")
+    init = _setting(_function, "", "package.module:function called once DSPy is imported, before the first program")
+    allow_modules = _setting(_prefixes, "", "prefixes of package.module:Class that may be program types; none if unset")
+    allow_code = _setting(_flag, "0", "1: program types that run code which an LM wrote are allowed")
+    files_dir = _setting(_folder, "", "a folder whose files image, audio and file inputs may name; none if unset")
+    state_dir = _setting(_folder, "", "a folder whose files state_path may name; none if unset")
+    max_frame_bytes = _setting(_whole(1), str(64 * 1024 * 1024), "the longest frame, in bytes, either way")
+    max_lm_bytes = _setting(_whole(1), str(32 * 1024 * 1024), "the longest answer of an LM, in bytes, unpacked")
+    history_bytes = _setting(_whole(0), str(1024 * 1024), "the most that history may take in a reply, in bytes")
+    drain_ms = _setting(_whole(0), "5000", "how long work goes on after the end of input, in ms")
+    log_level = _setting(_one_of(*LOG_LEVELS), "info", f"{', '.join(LOG_LEVELS)}")
+    log_frames = _setting(_flag, "0", "1: log records are sent as frames instead of to stderr")
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        """`texts`: setting name to its text; an absent or empty one takes its default. Raises `SettingError`."""
+        for setting in SETTINGS:
+            text = texts.get(setting.name, "").strip() or setting.default
+            try:
+                value = setting.read(text)
+            except ValueError as error:
+                raise SettingError(f"{setting.variable} ({setting.flag}): {error}") from None
+            setattr(self, setting.name, value)
+
+
+SETTINGS = tuple(setting for setting in vars(Settings).values() if isinstance(setting, Setting))
+
+
+def load(environment: Mapping[str, str], flags: Mapping[str, str]) -> Settings:
+    """Flags win over the environment. Raises `SettingError`."""
+    texts = {s.name: environment[s.variable] for s in SETTINGS if s.variable in environment}
+    return Settings({**texts, **flags})

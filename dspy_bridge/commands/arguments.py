@@ -41,23 +41,18 @@ _INPUTS = (
     "expected an object of the signature's input fields, or a list of such objects",
 )
 
-LAZY: Table = {"lazy": _FLAG}
-CREATE: Table = {
+# All that is checked of a lazy program before it is loaded.
+LAZY: Table = {
     "id": _TEXT,
     "signature": (lambda value: value is not None, "missing; expected text or an object with inputs and outputs"),
-    "program_type": _ANY,
-    "lm": _LM,
-    "adapter": _ANY,
-    "config": _OBJECT,
-    "options": _ANY,
-    "tools": _ANY,
-    "demos": _ANY,
-    "state": _ANY,
-    "state_path": _ANY,
-    **LAZY,
+    "lazy": _FLAG,
 }
-# All that is checked of a lazy program before it is loaded.
-CREATE_LAZY: Table = {name: CREATE[name] for name in ("id", "signature")}
+CREATE: Table = {
+    **LAZY,
+    "lm": _LM,
+    "config": _OBJECT,
+    **dict.fromkeys(("program_type", "adapter", "options", "tools", "demos", "state", "state_path"), _ANY),
+}
 EXECUTE: Table = {
     "program_id": _TEXT,
     "inputs": _INPUTS,

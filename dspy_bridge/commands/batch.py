@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from statistics import fmean
 from typing import Any
 
+from dspy_bridge.dispatch import replies
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import LONGEST_MS
 from dspy_bridge.errors import Cancelled, TimedOut, hits_all
@@ -62,7 +63,7 @@ class Batch:
         self._work = work
         self._call = call
         self._score = score
-        self._item_timeout_ms: float | None = args.get("item_timeout_ms")
+        self._item_ms: float | None = args.get("item_timeout_ms")
         most = args.get("max_concurrency") or len(self._items)
         if score is not None:
             # Those that wait for their score have no slot, and would be as many as the inputs.
@@ -77,17 +78,18 @@ class Batch:
         self._left = len(self._items)
         # Done with the last result, or at the deadline, however long cancelled work takes to notice.
         self._over: asyncio.Future[None] = self._loop.create_future()
-        self._tasks: set[asyncio.Task[None]] = set()
+        # With the timers of their items.
+        self._tasks: dict[asyncio.Task[None], asyncio.TimerHandle | None] = {}
 
     async def run(self) -> list[dict[str, Any]]:
         """`{"success", "result"}` or `{"success", "error", "error_type"}` for each of the inputs, in their order."""
         if not self._items:
             return []
-        expiry = None
-        if self._call.deadline is not None:
+        expiry, deadline = None, self._call.deadline
+        if deadline is not None:
             whole = self._call.request.timeout_ms or 0.0
-            self._ends = self._call.deadline.when() - min(_EARLIER, whole / 10_000)
-            expiry = self._loop.call_at(self._ends, self._expire, whole)
+            self._ends = deadline.when() - min(_EARLIER, whole / 10_000)
+            expiry = self._loop.call_at(self._ends, self._expire, deadline, whole)
         starting = self._loop.create_task(self._start_all())
         try:
             await self._over
@@ -105,93 +107,81 @@ class Batch:
                 await self._call.limiter.acquire()
             self._call.slot_transferred = True
             self._holding.add(index)
-            task = self._loop.create_task(self._one(index))
-            self._tasks.add(task)
-            timer = None if self._item_timeout_ms is None else self._limit(index, task, self._item_timeout_ms)
-            task.add_done_callback(functools.partial(self._ended, index, timer))
+            ends, timer = self._ends, None
+            if self._item_ms is not None:
+                own = self._loop.time() + min(self._item_ms, LONGEST_MS) / 1000
+                ends = own if ends is None else min(own, ends)
+            task = self._loop.create_task(self._one(index, ends))
+            if self._item_ms is not None:
+                timer = self._loop.call_at(own, self._item_late, index, task, self._item_ms)
+            self._tasks[task] = timer
+            task.add_done_callback(functools.partial(self._ended, index))
             # The first step checks the inputs and writes the prompt: other tasks run between hundreds of those.
             await asyncio.sleep(0)
 
-    async def _one(self, index: int) -> None:
-        ends = [] if self._ends is None else [self._ends]
-        if self._item_timeout_ms is not None:
-            ends.append(self._loop.time() + min(self._item_timeout_ms, LONGEST_MS) / 1000)
+    async def _one(self, index: int, ends: float | None) -> None:
         try:
-            outputs = await self._work(self._items[index], min(ends, default=None))
+            outputs = await self._work(self._items[index], ends)
             result = {"success": True, "result": outputs}
+            if self._score is not None and self._results[index] is None:
+                self._release(index)
+                result.update(await self._score(index, outputs))
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # user code may raise anything
-            if self._score is not None and hits_all(error):
-                self._end(error)
+            scoring = index not in self._holding
+            if self._score is not None and (scoring or hits_all(error)):
+                if not self._over.done():
+                    self._over.set_exception(error)
                 return
             result = self._failure(error)
-        if self._results[index] is not None:
-            return  # its time was over
-        if self._score is not None and result["success"]:
-            self._release(index)
-            try:
-                result.update(await self._score(index, outputs))
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:
-                self._end(error)
-                return
-        self._settle(index, result)
-        if self._call.request.stream:
+        if self._settle(index, result) and self._call.request.stream:
             # The slot is kept until there is room for more, which slows the batch of a client that does not read.
             await self._call.stream_item({"index": index, **result})
 
-    def _limit(self, index: int, task: asyncio.Task[None], timeout_ms: float) -> asyncio.TimerHandle:
-        def expire() -> None:
-            self._fail(index, self._failure(TimedOut(f"not finished within {timeout_ms:g} ms")))
-            task.cancel()
-
-        return self._loop.call_later(min(timeout_ms, LONGEST_MS) / 1000, expire)
-
-    def _ended(self, index: int, timer: asyncio.TimerHandle | None, task: asyncio.Task[None]) -> None:
+    def _ended(self, index: int, task: asyncio.Task[None]) -> None:
         # Not at the end of `_one`, which does not run if the task is cancelled before its first step.
+        timer = self._tasks.pop(task)
         if timer is not None:
             timer.cancel()
-        self._tasks.discard(task)
         self._room.release()
         self._release(index)
         if self._results[index] is None:
             # Code of a user's may raise a CancelledError of its own.
             self._fail(index, self._failure(Cancelled("cancelled")))
 
-    def _expire(self, whole: float) -> None:
+    def _item_late(self, index: int, task: asyncio.Task[None], ms: float) -> None:
+        self._fail(index, self._failure(TimedOut(f"not finished within {ms:g} ms")))
+        task.cancel()
+
+    def _expire(self, deadline: asyncio.TimerHandle, whole: float) -> None:
         # If the loop is late, the deadline is due with this, and would answer for all of them first.
-        if self._call.deadline is not None:
-            self._call.deadline.cancel()
+        deadline.cancel()
         # Made once: there may be ten thousands of items, and the client's own timeout is near.
         result = self._failure(TimedOut(f"not finished within {whole:g} ms"))
         for index in range(len(self._items)):
             self._fail(index, result)
 
-    def _fail(self, index: int, result: dict[str, Any]) -> None:
-        if self._results[index] is not None or self._over.done():
-            return
-        if self._call.request.stream:
-            self._call.stream_item_threadsafe({"index": index, **result})
-        self._settle(index, result)
-
     def _failure(self, error: BaseException) -> dict[str, Any]:
-        result = self._call.describe(error)
+        result = replies.describe(error)
         return result if self._score is None else {**result, "score": 0.0}
+
+    def _fail(self, index: int, result: dict[str, Any]) -> None:
+        if self._settle(index, result) and self._call.request.stream:
+            self._call.stream_item_threadsafe({"index": index, **result})
+
+    def _settle(self, index: int, result: dict[str, Any]) -> bool:
+        """Keep the first result of an item; returns whether this is it."""
+        if self._results[index] is not None or self._over.done():
+            return False
+        self._results[index] = result
+        self._left -= 1
+        if self._left == 0:
+            self._over.set_result(None)
+        return True
 
     def _release(self, index: int) -> None:
         """Free the item's slot, once."""
         if index in self._holding:
             self._holding.discard(index)
             self._call.limiter.release()
-
-    def _end(self, error: BaseException) -> None:
-        if not self._over.done():
-            self._over.set_exception(error)
-
-    def _settle(self, index: int, result: dict[str, Any]) -> None:
-        self._results[index] = result
-        self._left -= 1
-        if self._left == 0 and not self._over.done():
-            self._over.set_result(None)

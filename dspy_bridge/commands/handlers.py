@@ -2,67 +2,79 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 
-from dspy_bridge import __version__
+from dspy_bridge import __version__, logs
 from dspy_bridge.commands import arguments
 from dspy_bridge.commands.program_loader import ProgramLoader
 from dspy_bridge.commands.program_registry import Entry, Registry
+from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, LoadFailed, Overloaded, ProgramNotFound, SetupFailed, refuse_unknown
+from dspy_bridge.port import stdio
 from dspy_bridge.runtime.worker_threads import WorkerThreads
-from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Iterable
     from typing import Any
 
     from dspy_bridge.dispatch.call import Call
     from dspy_bridge.dispatch.dispatcher import Handler
+    from dspy_bridge.logs import SendRecord
     from dspy_bridge.optimizing.arguments import Optimize
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
 
 
-# Those that wait for a slot.
-LIMITED = frozenset(["execute_program"])
-
-
 class Commands:
-    """The handlers, over one registry of programs."""
+    """The handlers, over one registry of programs, and the `dispatcher` that calls them."""
 
     def __init__(
-        self, settings: Settings, setup: Callable[[], object], counts: Callable[[], Mapping[str, Any]]
+        self,
+        settings: Settings,
+        send: Callable[[Iterable[bytes]], None],
+        *,
+        send_log: SendRecord | None = None,
+        when_room: Callable[[Callable[[], object]], bool] = lambda _callback: False,
     ) -> None:
-        """`setup` runs before DSPy is imported; `counts` gives the dispatcher's counts, for `get_stats`."""
-        self._counts = counts
+        """`send` and `when_room` are as for `Dispatcher`.
+
+        `send_log` sends a log record to the owner, where the settings ask for log frames; without it all go to stderr.
+        """
+        logs.choose(settings.log_level, send_log if settings.log_frames else None)
         self._settings = settings
         self._started = time.monotonic()
         self._registry = Registry()
         self._threads = WorkerThreads()
-        self._loader = ProgramLoader(settings, setup, self._threads)
+        self._loader = ProgramLoader(settings, self._threads)
         # Those of optimizers, and how many programs are being optimized.
         self._optimizers = WorkerThreads()
         self._optimizing = 0
-        self._versions: dict[str, str] | None = None
+        self.dispatcher = Dispatcher(
+            self.table(),
+            send,
+            # A run has a connection to its LM.
+            max_in_flight=min(settings.max_in_flight, stdio.raise_open_files()),
+            max_queue=settings.max_queue,
+            max_frame_bytes=settings.max_frame_bytes,
+            when_room=when_room,
+            on_start=self._loader.preload,
+        )
 
     def table(self) -> dict[str, Handler]:
         names = ("ping", "create_program", "execute_program", "list_programs", "get_stats", "cleanup")
         return {name: getattr(self, name) for name in names}
 
-    def preload(self) -> None:
-        self._loader.preload()
-
-    def ping(self, _args: dict[str, Any], _call: Call) -> messages.Encoded:
+    def ping(self, _args: dict[str, Any], _call: Call) -> dict[str, Any]:
         """`{"status": "ok", "timestamp": unix seconds}`."""
-        return messages.pong(time.time())
+        return {"status": "ok", "timestamp": time.time()}
 
     def create_program(self, args: dict[str, Any], call: Call) -> Any:
         """`{"program_id", "status": "created"}`, once the program is loaded; at once, if it is lazy."""
-        arguments.check(args, arguments.LAZY)
-        if args.get("lazy"):
-            arguments.check(args, arguments.CREATE_LAZY)
+        if args.get("lazy") is True:
+            arguments.check(args, arguments.LAZY)
             if self._registry.add_lazy(args["id"], args):
                 self._loader.removed(1)
             return {"program_id": args["id"], "status": "created"}
@@ -74,6 +86,7 @@ class Commands:
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
         """The outputs of a run; `{"results": […]}` for a list of inputs; with `optimize` a better program's state."""
         arguments.check_execute(args)
+        call.limited = True
         how = None
         if args.get("optimize") is not None:
             from dspy_bridge.optimizing.arguments import read
@@ -101,9 +114,6 @@ class Commands:
         """Counts, sizes in bytes, times in seconds (uptime) and ms (quantiles)."""
         import psutil
 
-        if self._versions is None:
-            # Looking them up takes 2 ms on the reading thread.
-            self._versions = _versions()
         memory = psutil.Process().memory_info()
         threads, optimizers = self._threads.counts(), self._optimizers.counts()
         threads.update((name, threads[name] + optimizers[name]) for name in ("running", "abandoned"))
@@ -111,11 +121,11 @@ class Commands:
             "programs_count": len(self._registry.answered()),
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
-            **self._counts(),
+            **self.dispatcher.counts(),
             **self._loader.lm_stats(),
             "threads": threads,
             "pid": os.getpid(),
-            "versions": self._versions,
+            "versions": _versions(),
         }
 
     def cleanup(self, args: dict[str, Any], _call: Call) -> dict[str, Any]:
@@ -203,14 +213,12 @@ class Commands:
             except LoadFailed:
                 pass  # the details have its error
             except Exception as error:
-                from dspy_bridge.logs import peer_log
-
-                peer_log.exception(error)
+                logs.exception(error)
             listed["details"].append({**entry.details(), "state": state})
         return listed
 
     async def _working(self, entry: Entry | None, call: Call) -> tuple[Entry, Program]:
-        """The loaded program of an entry, or of the one before it if the entry's creation fails.
+        """The loaded program of an entry, or of the one that its id stands for again if the entry's creation fails.
 
         Sets the call's meter, if it asks for one: meters need DSPy, which is imported by now.
         """
@@ -222,24 +230,23 @@ class Commands:
                 if call.request.meta:
                     from dspy_bridge.lm.metering.meter import Meter
 
-                    request = call.request
-                    call.meter = Meter(
-                        self._settings.history_bytes if request.history else None,
-                        call.received if request.lm_events else None,
-                    )
+                    history_bytes = self._settings.history_bytes if call.request.history else None
+                    call.meter = Meter(history_bytes, call.received if call.request.lm_events else None)
                 return entry, program
             except (SetupFailed, LoadFailed, asyncio.CancelledError):
                 raise
             except BaseException:  # user code may raise anything
                 # The reply to `create_program` has the error. The id stands for the earlier program again.
                 self._registry.discard(entry)
-                entry = entry.working()
+                entry = self._registry.get(entry.id)
         raise ProgramNotFound(call.request.args["program_id"])
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
+    # Looking them up takes 2 ms on the reading thread.
     import platform
     from importlib.metadata import version
 
-    libraries = {name: version(name) for name in ("dspy", "psutil")}
-    return {"dspy_bridge": __version__, "python": platform.python_version(), **libraries}
+    own = {"dspy_bridge": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in ("dspy", "psutil")}

@@ -23,28 +23,19 @@ class Entry:
     `failure`: the error, as a reply has it, of a lazy entry's last load, which is not repeated before `reload_at`.
     """
 
-    def __init__(self, id: str, definition: dict[str, Any], previous: Entry | None, lazy: bool = False) -> None:
+    def __init__(self, id: str, definition: dict[str, Any], lazy: bool = False) -> None:
         self.id = id
         self.definition = definition
-        self.previous = previous
         self.created_at = time.time()
         self.execution_count = 0
         self.last_executed: float | None = None
         self.lazy = lazy
         self.answered = lazy
-        self.failed = False
         self.loaded = False
         self.failure: dict[str, Any] | None = None
         self.reload_at = 0.0
         # Set by the first request that needs the program.
         self.loading: asyncio.Future[Any] | None = None
-
-    def working(self) -> Entry | None:
-        """This entry, or the last one before it that has not failed."""
-        seen: Entry | None = self
-        while seen is not None and seen.failed:
-            seen = seen.previous
-        return seen
 
     def details(self) -> dict[str, Any]:
         """The entry as `list_programs` reports it; times are unix seconds."""
@@ -57,73 +48,68 @@ class Entry:
             "last_executed": self.last_executed,
             "loaded": self.loaded,
         }
-        failure = self.failure
-        if failure is not None:
-            details.update(error=failure["error"], error_type=failure["error_type"])
+        if self.failure is not None:
+            details.update(error=self.failure["error"], error_type=self.failure["error_type"])
         return details
 
 
 class Registry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # In the order of creation.
-        self._entries: dict[str, Entry] = {}
+        # In the order of creation. Of each id the entry that stays, then those whose creation is not answered yet.
+        self._entries: dict[str, tuple[Entry, ...]] = {}
 
     def add(self, id: str, definition: dict[str, Any]) -> Entry:
         """Define or redefine `id`. The earlier entry is kept until `confirm`, and restored by `discard`."""
         with self._lock:
-            entry = self._entries[id] = Entry(id, definition, self._entries.get(id))
+            entry = Entry(id, definition)
+            self._entries[id] = (*self._entries.get(id, ()), entry)
             return entry
 
     def add_lazy(self, id: str, definition: dict[str, Any]) -> bool:
         """Define or redefine `id` for good, unchecked. Returns whether it replaced another."""
         with self._lock:
             replaced = self._entries.pop(id, None) is not None
-            self._entries[id] = Entry(id, definition, None, lazy=True)
+            self._entries[id] = (Entry(id, definition, lazy=True),)
             return replaced
 
     def get(self, id: str) -> Entry | None:
         """The latest entry of `id`, answered or not."""
-        return self._entries.get(id)
+        return self._entries.get(id, (None,))[-1]
 
     def confirm(self, entry: Entry) -> bool:
         """The creation of `entry` succeeded. Returns whether it replaced another."""
         with self._lock:
-            replaced = entry.previous is not None
             entry.answered = True
-            entry.previous = None
-            if replaced and self._entries.get(entry.id) is entry:
-                self._entries[entry.id] = self._entries.pop(entry.id)
-            return replaced
+            entries = self._entries.get(entry.id, ())
+            if entry not in entries[1:]:
+                return False
+            del self._entries[entry.id]
+            self._entries[entry.id] = entries[entries.index(entry) :]
+            return True
 
     def discard(self, entry: Entry) -> None:
         """The creation of `entry` failed or was cancelled: restore the earlier entry."""
         with self._lock:
-            entry.failed = True
-            if self._entries.get(entry.id) is entry:
-                before = entry.working()
-                if before is None:
-                    del self._entries[entry.id]
-                else:
-                    self._entries[entry.id] = before
+            entries = tuple(other for other in self._entries.get(entry.id, ()) if other is not entry)
+            if entries:
+                self._entries[entry.id] = entries
+            else:
+                self._entries.pop(entry.id, None)
 
     def remove(self, ids: Iterable[str] | None) -> int:
         """Remove the given programs, or all; returns how many there were."""
         with self._lock:
-            if ids is None:
-                count = len(self._entries)
-                self._entries.clear()
-                return count
-            return sum(self._entries.pop(id, None) is not None for id in dict.fromkeys(ids))
+            removed = list(self._entries) if ids is None else ids
+            return sum(self._entries.pop(id, None) is not None for id in removed)
 
     def answered(self) -> list[Entry]:
         """For each id the last answered entry, oldest first."""
+        found = []
         with self._lock:
-            found = []
-            for entry in self._entries.values():
-                seen: Entry | None = entry
-                while seen is not None and not seen.answered:
-                    seen = seen.previous
-                if seen is not None:
-                    found.append(seen)
+            for entries in self._entries.values():
+                for entry in reversed(entries):
+                    if entry.answered:
+                        found.append(entry)
+                        break
         return found

@@ -1,4 +1,4 @@
-"""A request in flight, and its traffic with the client: items of its stream, tool calls and their results.
+"""A request in flight, its slot, and its traffic with the client: items of its stream, tool calls and their results.
 
 Runs on the event loop's thread, except where a method says otherwise. After a call's reply nothing more is sent for it,
 and the result of a tool that it called is dropped.
@@ -7,6 +7,7 @@ and the result of a tool that it called is dropped.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 
 from dspy_bridge.errors import FrameTooLarge, ToolFailed
 from dspy_bridge.wire import messages
@@ -17,28 +18,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from typing import Any
 
-    from dspy_bridge.dispatch.limiter import Limiter
-
 _NO_ANSWER = "the end of input has come; no answer can"
 
 
 class Call:
     """One request from its receipt to its reply.
 
-    For its handler: `request` and its `size` in bytes; `limiter`, if it acquires further slots; `describe(error)`, an
-    exception as a reply shows it; `meter`, whose `summary()` goes into meta; `slot_transferred`, set by a call that has
-    handed its slot to a sub-task, which releases it; `on_reply`, called with whether the reply is a success, just
-    before the reply is sent.
+    For its handler: `request` and its `size` in bytes; `limiter`, if it acquires further slots; `meter`, whose
+    `summary()` goes into meta; `limited`, set by a handler whose coroutine waits for a slot; `slot_transferred`, set by
+    a call that has handed its slot to a sub-task, which releases it; `on_reply`, called with whether the reply is a
+    success, just before the reply is sent.
     """
 
     def __init__(
-        self,
-        request: messages.Request,
-        received: float,
-        size: int,
-        channel: Channel,
-        limiter: Limiter,
-        describe: Callable[[BaseException], dict[str, Any]],
+        self, request: messages.Request, received: float, size: int, channel: Channel, limiter: Limiter
     ) -> None:
         self.id = request.id
         self.request = request
@@ -46,23 +39,18 @@ class Call:
         self.size = size
         self._channel = channel
         self.limiter = limiter
-        self.describe = describe
         # None while it waits for the event loop or a slot.
         self.started: float | None = received
         self.work: Coroutine[Any, Any, Any] | None = None
         self.task: asyncio.Task[Any] | None = None
+        # When its deadline is, in seconds of `time.monotonic`, which is the clock of the loop; and its timer.
+        self.ends: float | None = None
         self.deadline: asyncio.TimerHandle | None = None
         self.slot: asyncio.Future[None] | None = None
         self.meter: Any = None
-        self.slot_transferred = False
+        self.limited = self.slot_transferred = False
         self.on_reply: Callable[[bool], object] | None = None
         self.answered = False
-
-    @property
-    def ends(self) -> float | None:
-        """Its deadline in seconds of `time.monotonic`, or None."""
-        # The loop's clock is `time.monotonic`.
-        return None if self.deadline is None else self.deadline.when()
 
     async def stream_item(self, item: dict[str, Any]) -> None:
         """Send an item of the stream; returns when the client can take more."""
@@ -101,7 +89,7 @@ class Call:
 class Channel:
     """What calls share. `push` sends a payload in order with the replies; `when_room`: see `FrameWriter`."""
 
-    # Set by `attach`.
+    # Set on the loop's thread, before there are tasks.
     loop: asyncio.AbstractEventLoop
     thread = 0
 
@@ -114,11 +102,6 @@ class Channel:
         self._last_call_id = 0
         self._pending: dict[int, asyncio.Future[messages.ToolResult]] = {}
         self._closed = False
-
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Set the event loop, on its thread."""
-        self.loop = loop
-        self.thread = threading.get_ident()
 
     async def call_tool(self, id: messages.Id, name: str, args: dict[str, Any]) -> Any:
         """The result of one of the client's tools. Raises `ToolFailed` with the client's error text."""
@@ -164,3 +147,57 @@ class Channel:
                 room.set_result(None)
 
         return room if self._when_room(lambda: self.loop.call_soon_threadsafe(found)) else None
+
+
+class Limiter:
+    """A semaphore with a bounded queue: at most `max_running` slots are taken at once; past `max_waiting` it is `full`.
+
+    A slot is a future, done when it is taken. Waiters get them in their order. Any thread may read the counts.
+    """
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self.max_running = max_running
+        self._max_waiting = max_waiting
+        self.running = 0
+        # Ordered, and a waiter that leaves is found at once.
+        self.waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+
+    @property
+    def full(self) -> bool:
+        return self.running >= self.max_running and len(self.waiting) >= self._max_waiting
+
+    def slot(self) -> asyncio.Future[None]:
+        """A slot to wait for: the caller must `leave` it, or `release` it once it is done."""
+        import asyncio
+
+        slot = asyncio.get_running_loop().create_future()
+        self.waiting[slot] = None
+        self._grant()
+        return slot
+
+    def leave(self, slot: asyncio.Future[None]) -> None:
+        """Free the slot, or the place in the queue."""
+        if slot.done() and not slot.cancelled():
+            self.release()
+        else:
+            self.waiting.pop(slot, None)
+
+    def release(self) -> None:
+        """Free a slot; the next waiter gets it."""
+        self.running -= 1
+        self._grant()
+
+    async def acquire(self) -> None:
+        slot = self.slot()
+        try:
+            await slot
+        except BaseException:
+            self.leave(slot)
+            raise
+
+    def _grant(self) -> None:
+        while self.waiting and self.running < self.max_running:
+            slot, _ = self.waiting.popitem(last=False)
+            if not slot.done():
+                self.running += 1
+                slot.set_result(None)

@@ -11,20 +11,18 @@ import time
 from collections import deque
 
 from dspy_bridge import tracing
-from dspy_bridge.dispatch import error_replies
-from dspy_bridge.dispatch.call import Call, Channel
-from dspy_bridge.dispatch.limiter import Limiter
-from dspy_bridge.dispatch.reply_encoder import ReplyEncoder
+from dspy_bridge.dispatch.call import Call, Channel, Limiter
+from dspy_bridge.dispatch.replies import ReplyEncoder, one_line
 from dspy_bridge.errors import BridgeError, Cancelled, FrameTooLarge, Overloaded, TimedOut, UnknownCommand
-from dspy_bridge.runtime.loop_watch import LoopWatch
-from dspy_bridge.wire import messages, pings
-from dspy_bridge.wire.frames import TooLarge
+from dspy_bridge.wire import frames, messages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
+
+    from dspy_bridge.runtime.event_loop import EventLoop
 
     # Returns the result, or a coroutine that does.
     Handler = Callable[[dict[str, Any], Call], Any]
@@ -34,41 +32,34 @@ LONGEST_MS = 10 * 365 * 86_400_000
 
 
 class Dispatcher:
-    """Serves requests by a table of commands. The coroutines of those that are `limited` wait for a slot."""
+    """Serves requests by a table of commands."""
 
     def __init__(
         self,
         commands: Mapping[str, Handler],
         send: Callable[[Iterable[bytes]], None],
         *,
-        limited: Collection[str],
         max_in_flight: int,
         max_queue: int,
         max_frame_bytes: int,
-        log_exception: Callable[[BaseException], str],
         when_room: Callable[[Callable[[], object]], bool],
-        on_start: Callable[[], None] = lambda: None,
-        log_warning: Callable[[str], object] = lambda _text: None,
+        on_start: Callable[[], object] = lambda: None,
     ) -> None:
-        """`send` writes reply payloads, from any thread. `log_exception` logs an exception and returns its reference.
+        """`send` writes reply payloads, from any thread.
 
         `when_room(callback)` returns false if there is room for more output; else it calls `callback`, on any thread,
-        once there is. `on_start` is called on the event loop's thread before that runs. `log_warning` gets a text for
-        the log, on any thread.
+        once there is. `on_start` is called on the event loop's thread before that runs.
         """
         self._commands = commands
-        self._limited = limited
         self._send = send
         self._max_frame_bytes = max_frame_bytes
         self._on_start = on_start
-        self._replies = ReplyEncoder(commands, max_frame_bytes, log_exception)
-        self._pings = self._replies.pings
+        self._replies = ReplyEncoder(commands, max_frame_bytes)
         # `answer_pings` does not check the limit: it is used only where no ping or pong comes near it.
-        self._answers_pings = max_frame_bytes >= pings.MAX_BYTES
+        self._answers_pings = max_frame_bytes >= frames.MAX_PING_BYTES
         # From the reading thread to the loop, in the order received.
         self._inbox: deque[Call | messages.Cancel | messages.ToolResult] = deque()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._watch = LoopWatch(log_warning)
+        self._loop: EventLoop | None = None
         self._thread: threading.Thread | None = None
         # The rest belongs to the loop's thread; any thread may read the counts.
         self._calls: dict[messages.Id, Call] = {}
@@ -81,31 +72,35 @@ class Dispatcher:
     def answer_pings(self, data: bytes, send_packet: Callable[[bytes], None]) -> bytes:
         """Answer the pings that `data`, read from the client, starts with. Returns what follows them."""
         received = time.monotonic()
-        pongs, count, used = pings.answer(data, time.time())
-        if not count or not self._answers_pings or self._watch.blocked is not None:
+        pongs, count, used = frames.answer_pings(data, time.time())
+        if not count or not self._answers_pings or (self._loop is not None and self._loop.blocked is not None):
             return data
         # Without the lock: pings are counted and reported on the reading thread only.
-        self._pings.add(time.monotonic() - received, count=count)
+        self._replies.pings.add(time.monotonic() - received, count=count)
         send_packet(pongs)
         return data[used:]
 
-    def receive(self, frame: bytes | TooLarge) -> bytes | None:
+    def receive(self, frame: bytes | frames.TooLarge) -> bytes | None:
         """Take one frame, on the reading thread. Returns the reply if there is one already."""
         received = time.monotonic()
-        if isinstance(frame, TooLarge):
+        if isinstance(frame, frames.TooLarge):
             text = f"frame of {frame} bytes: expected at most {self._max_frame_bytes}"
             return messages.encode_failure(None, messages.failure(FrameTooLarge.error_type, text))
         try:
             request = messages.decode(frame)
+            if isinstance(request, messages.ToolResult) and not self._channel.made_call(request.call_id):
+                raise messages.MessageError(f"tool_result.call_id: there was no tool call {request.call_id}")
         except messages.MessageError as error:
-            return self._reject(frame, error.id, messages.failure(error.error_type, error_replies.one_line(str(error))))
-        if isinstance(request, messages.ToolResult) and not self._channel.made_call(request.call_id):
-            text = error_replies.one_line(f"tool_result.call_id: there was no tool call {request.call_id}")
-            return messages.encode_failure(None, messages.failure("invalid_request", text))
+            failure = messages.failure(error.error_type, one_line(str(error)))
+            # If it is the result of a tool call, that call fails instead.
+            call_id = messages.readable_call_id(frame)
+            if call_id is None or not self._channel.made_call(call_id):
+                return messages.encode_failure(error.id, failure)
+            request = messages.ToolResult(call_id, None, failure["error"])
         if not isinstance(request, messages.Request):
             self._inbox.append(request)
             return None
-        call = Call(request, received, len(frame), self._channel, self._limiter, self._replies.describe)
+        call = Call(request, received, len(frame), self._channel, self._limiter)
         if request.traceparent is None:
             return self._begin(call)
         return tracing.context(request.traceparent).run(self._begin, call)
@@ -147,22 +142,14 @@ class Dispatcher:
             "commands": self._replies.summaries(),
         }
 
-    def _reject(self, frame: bytes, id: messages.Id | None, failure: dict[str, Any]) -> bytes | None:
-        """The reply to an unreadable frame. If it is the result of a tool call, that call fails instead."""
-        call_id = messages.readable_call_id(frame)
-        if call_id is None or not self._channel.made_call(call_id):
-            return messages.encode_failure(id, failure)
-        self._inbox.append(messages.ToolResult(call_id, None, failure["error"]))
-        return None
-
     def _begin(self, call: Call) -> bytes | None:
         handler = self._commands.get(call.request.command)
         try:
             if handler is None:
                 raise UnknownCommand(call.request.command, self._commands)
-            if call.request.command == "ping" and self._watch.blocked is not None:
+            if call.request.command == "ping" and self._loop is not None and self._loop.blocked is not None:
                 # Only the loop's code knows when it returns: a monitor that pings is to replace this peer.
-                raise BridgeError(self._watch.blocked)
+                raise BridgeError(self._loop.blocked)
             result = handler(call.request.args, call)
         except BaseException as error:  # not even a SystemExit out of a handler may end the reading
             return self._replies.encode(call, None, error)
@@ -179,17 +166,11 @@ class Dispatcher:
 
         loop = EventLoop()
         self._on_start()
-        self._watch.start(loop.watched)
-        self._channel.attach(loop)
+        self._channel.loop, self._channel.thread = loop, threading.get_ident()
         # From here on `wake` goes through the loop; what came before is taken first.
         self._loop = loop
         loop.call_soon(self._take_inbox)
-        while True:
-            try:
-                loop.run_forever()
-            except (SystemExit, KeyboardInterrupt):
-                # asyncio lets these two out of a task through the loop; the task keeps them for its reply.
-                continue
+        loop.run_on_thread(watched=True)
 
     def _take_inbox(self) -> None:
         while self._inbox:
@@ -207,8 +188,7 @@ class Dispatcher:
     def _admit(self, call: Call) -> None:
         assert self._loop is not None and call.work is not None
         self._open += 1
-        limited = call.request.command in self._limited
-        if limited and self._limiter.full:
+        if call.limited and self._limiter.full:
             call.work.close()  # else Python warns that it was never awaited
             load = f"{self._limiter.running} calls are running and {len(self._limiter.waiting)} are waiting"
             self._answer(call, None, Overloaded(load))
@@ -217,8 +197,9 @@ class Dispatcher:
         timeout_ms = call.request.timeout_ms
         if timeout_ms is not None and timeout_ms < LONGEST_MS:
             late = TimedOut(f"not finished within {timeout_ms:g} ms")
-            call.deadline = self._loop.call_at(call.received + timeout_ms / 1000, self._stop, call, late)
-        if limited:
+            call.ends = call.received + timeout_ms / 1000
+            call.deadline = self._loop.call_at(call.ends, self._stop, call, late)
+        if call.limited:
             call.slot = self._limiter.slot()
         # Not in the current context, which is that of the request that woke the loop.
         context = tracing.context(call.request.traceparent)

@@ -147,7 +147,7 @@ OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _SLOWER, "con
 SELECT_BACKEND = Name("dspy.clients.backend_selection:select_backend", "LiteLLM is imported by its first call", "lm")
 PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _SLOWER)
 
-# What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/inline_executor`.
+# What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/event_loop`.
 _EXECUTION = "dspy.clients.execution"
 # Not `capabilities`: for the same model it may need LiteLLM or not, and be the first to import it.
 STEPS = [

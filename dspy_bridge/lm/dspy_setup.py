@@ -28,7 +28,7 @@ from dspy_bridge.lm.metering import endings
 from dspy_bridge.lm.offline import offline_lm, script_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
-from dspy_bridge.runtime import inline_executor
+from dspy_bridge.runtime import event_loop
 from dspy_bridge.settings import ADAPTERS, Settings
 
 # Equal options share LMs and so their connections; the least recently used options go first.
@@ -60,7 +60,7 @@ class LMs:
         guarded_adapters.install()
         # A cache on disk is waited for.
         steps = dspy_internals.STEPS + (dspy_internals.CACHE_STEPS if settings.disk_cache is None else [])
-        inline_executor.allow(step.value for step in steps if step.there)
+        event_loop.allow(step.value for step in steps if step.there)
         redaction.learn(dict(os.environ), for_good=True)
         redaction.learn(settings.lm_options, for_good=True)
         self.settings = settings

@@ -1,19 +1,27 @@
-"""Sends log records to stderr, or as frames to the owner, without contents and secrets. Imported when first needed."""
+"""Sends log records to stderr, or as frames to the owner, without contents and secrets. Imported when first needed.
+
+The message of a library's record or of an exception may quote an LM's answer or a client's inputs. So of an exception
+its type and its places in the code are logged, of a library's record its place.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from dspy_bridge import tracing
-from dspy_bridge.logs import content_filter, redaction
+from dspy_bridge.logs import redaction
 
-# Level, logger, message, and the traceparent if there is one.
-SendRecord = Callable[[str, str, str, str | None], None]
+if TYPE_CHECKING:
+    from dspy_bridge.logs import SendRecord
 
 logger = logging.getLogger("dspy_bridge")
 
@@ -28,7 +36,7 @@ class _Redacted(logging.Formatter):
         """The record without contents and secrets; `of_trace` is the trace of the current request."""
         traceparent = tracing.current()
         record.of_trace = "" if traceparent is None else f" traceparent={traceparent}"
-        return redaction.redact(super().format(content_filter.without_contents(record)))
+        return redaction.redact(super().format(without_contents(record)))
 
 
 class _Queued(logging.Handler):
@@ -126,8 +134,66 @@ def adopt(name: str) -> None:
     library.propagate = True
 
 
-def exception(error: BaseException) -> str:
-    """Log `error` with its traceback; returns the reference under which, for the caller to find it."""
-    reference = os.urandom(4).hex()
-    logger.error("internal error %s", reference, exc_info=error)
-    return reference
+# Their records may quote what they work on.
+_QUOTING = ("dspy", "litellm")
+# Only the first line is fixed: pydantic's warnings and asyncio's errors quote values after it.
+_FIRST_LINE = ("py.warnings", "asyncio")
+
+
+def without_contents(record: logging.LogRecord) -> logging.LogRecord:
+    """The record, or a copy without contents. Records of user code are kept as they are."""
+    first_line = record.name in _FIRST_LINE
+    folders = [os.path.dirname(sys.modules[name].__file__ or "") + os.sep for name in _QUOTING if name in sys.modules]
+    library = not first_line and record.pathname.startswith(tuple(folders))
+    if not (first_line or library or record.name == "dspy_bridge"):
+        return record
+    cleaned = copy.copy(record)
+    if first_line:
+        cleaned.msg, cleaned.args = record.getMessage().partition("\n")[0], ()
+    elif library:
+        cleaned.msg, cleaned.args = f"text withheld, {record.module}.py line {record.lineno}", ()
+    if record.exc_info and record.exc_info[1] is not None:
+        cleaned.exc_text = _traceback(record.exc_info[1])
+    return cleaned
+
+
+def _traceback(error: BaseException) -> str:
+    """The tracebacks of `error` and its causes, without their texts."""
+    parts: list[str] = []
+    seen: set[int] = set()
+    left: BaseException | None = error
+    while left is not None and id(left) not in seen:
+        seen.add(id(left))
+        frames = "".join(traceback.format_tb(left.__traceback__))
+        parts.append(f"Traceback (most recent call last):\n{frames}{type(left).__name__}")
+        left = left.__cause__ or (None if left.__suppress_context__ else left.__context__)
+    return "\n\nwhich led to:\n\n".join(reversed(parts))
+
+
+# While they optimize they print and log progress bars, prompts and answers, thousands of lines.
+_OPTIMIZING = ("dspy", "gepa", "optuna", "py.warnings")
+
+
+class _Stream:
+    """`sys.stdout` or `sys.stderr`, whose writes are dropped where `dropped()`."""
+
+    def __init__(self, stream: Any, dropped: Callable[[], bool]) -> None:
+        self._stream = stream
+        self._dropped = dropped
+
+    def write(self, text: str) -> int:
+        return len(text) if self._dropped() else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def drop_where(dropped: Callable[[], bool]) -> None:
+    """Drop from now on what such libraries print and log in threads for which `dropped()` is true at the time."""
+    if isinstance(sys.stderr, _Stream):
+        return
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None:
+            setattr(sys, name, _Stream(stream, dropped))
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not (record.name.startswith(_OPTIMIZING) and dropped()))

@@ -9,8 +9,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.dispatch.call import Call
-from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.dispatch.call import Call, Limiter
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors
 from dspy_bridge.lm.offline import offline_lm

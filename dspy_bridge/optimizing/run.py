@@ -13,11 +13,10 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.dispatch.call import Call
-from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.dispatch.call import Call, Limiter
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import lm_call
-from dspy_bridge.logs import library_output
+from dspy_bridge.logs import peer_log
 from dspy_bridge.optimizing.arguments import Budget
 from dspy_bridge.runtime import worker_threads
 
@@ -167,7 +166,7 @@ class Run(lm_call.RunContext):
 
     def begin(self) -> None:
         """Called first, in the thread of the optimizer."""
-        library_output.drop_where(lambda: current() is not None)
+        peer_log.drop_where(lambda: current() is not None)
         self._context = contextvars.copy_context()
         self.job = worker_threads.current.get()
 

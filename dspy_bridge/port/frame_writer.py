@@ -94,7 +94,11 @@ class FrameWriter:
             self._waiting.append(rest)
             self._waiting_bytes += len(rest)
             self.full = self._waiting_bytes >= HIGH_WATER_BYTES
-            self._wake_thread()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write_waiting, name="dspy_bridge-writer", daemon=True)
+                self._thread.start()
+            else:
+                self._changed.notify_all()
 
     def _write(self, chunk: bytes | memoryview) -> memoryview | None:
         """Write what the pipe takes; returns the rest, or None."""
@@ -103,23 +107,13 @@ class FrameWriter:
                 written = os.write(self.fd, chunk)
             except BlockingIOError:
                 return memoryview(chunk)
-            except ConnectionError:  # EPIPE, or another end of a socket
-                self._on_gone(None)
-                return None
             except OSError as error:
-                # Such as a file on a disk that is full.
-                self._on_gone(error.strerror)
+                # The other end is gone; or it is a file, on a disk that is full.
+                self._on_gone(None if isinstance(error, ConnectionError) else error.strerror)
                 return None
             if written == len(chunk):
                 return None
             chunk = memoryview(chunk)[written:]
-
-    def _wake_thread(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._write_waiting, name="dspy_bridge-writer", daemon=True)
-            self._thread.start()
-        else:
-            self._changed.notify_all()
 
     def _write_waiting(self) -> None:
         poller = select.poll()

@@ -15,7 +15,7 @@ import time
 
 from dspy_bridge.port import watchdog
 from dspy_bridge.port.frame_writer import HIGH_WATER_BYTES, FrameWriter
-from dspy_bridge.port.stderr import log
+from dspy_bridge.port.stdio import log
 from dspy_bridge.wire.frames import FrameDecoder, TooLarge
 
 TYPE_CHECKING = False
@@ -130,11 +130,10 @@ def _drain(writer: FrameWriter, dispatcher: Dispatcher, seconds: float, idle_rea
         log(f"end of input: {dispatcher.unfinished()} requests were still running after {seconds:g} s")
     # Exit handlers (tracing exporters flush there) get the rest of the time, while the owner is there.
     end = max(end, time.monotonic() + 0.5)
-    threading.Thread(target=_exit_by, args=(end, writer.fd), name="dspy_bridge-exit", daemon=True).start()
+    poller.unregister(idle_read)
 
+    def exit_in_time() -> None:
+        poller.poll(max(0.0, end - time.monotonic()) * 1000)
+        exit_now()
 
-def _exit_by(end: float, writing: int) -> None:
-    poller = select.poll()
-    poller.register(writing, 0)
-    poller.poll(max(0.0, end - time.monotonic()) * 1000)
-    exit_now()
+    threading.Thread(target=exit_in_time, name="dspy_bridge-exit", daemon=True).start()

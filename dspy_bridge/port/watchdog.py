@@ -29,7 +29,7 @@ GRACE_SECONDS = 0.3
 # The longest that the peer waits for the end of its descendants; usual are 3 ms.
 ANSWER_SECONDS = 0.5
 # With no event requested, poll on Linux still reports that the other end is gone. On macOS it does not: there it polls
-# for room to write, which there mostly is, so only from time to time.
+# for room to write, which there mostly is, so only from time to time. The grace period is a multiple of that time.
 POLL_TELLS_ENDS = sys.platform.startswith("linux")
 LOOK_SECONDS = 0.1
 # Set in the environment of all descendants, which identifies them when their parent is gone.
@@ -120,11 +120,7 @@ def _wait(asked: int, answers: int, frames: dict[int, int]) -> None:
             poller.register(fd, 0)
     end: float | None = None
     while end is None or time.monotonic() < end:
-        if end is not None:
-            seconds: float | None = max(0.0, end - time.monotonic())
-        else:
-            seconds = None if POLL_TELLS_ENDS else LOOK_SECONDS
-        ready = poller.poll(None if seconds is None else seconds * 1000)
+        ready = poller.poll(None if POLL_TELLS_ENDS and end is None else LOOK_SECONDS * 1000)
         if any(fd == asked for fd, _ in ready):
             if not os.read(asked, 1):
                 return
@@ -152,14 +148,6 @@ def _polled(fd: int, events: int, seconds: float) -> int:
 
 def _kill_descendants(root: int | None) -> None:
     """Kill the descendants of `root`, and all processes with the mark. `root`: None once it is gone, for pid reuse."""
-    for pid in _descendants(root) - {os.getpid()}:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except OSError:
-            pass  # it has ended, or is another user's
-
-
-def _descendants(root: int | None) -> set[int]:
     import psutil
 
     children: dict[int, list[int]] = {}
@@ -173,4 +161,8 @@ def _descendants(root: int | None) -> set[int]:
         found += children.get(root, ())
     for pid in found:
         found += (child for child in children.get(pid, ()) if child not in found)
-    return set(found) - {root}
+    for pid in set(found) - {root, os.getpid()}:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass  # it has ended, or is another user's

@@ -8,7 +8,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.dispatch import error_replies
+from dspy_bridge.dispatch import replies
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_call, lm_options
@@ -166,7 +166,7 @@ class Program:
         def say(error: OutputInvalid) -> None:
             if streaming is not None:
                 streaming.begin_anew()
-                wrong = error_replies.one_line(redaction.redact(str(error)), _MOST_TOLD)
+                wrong = replies.one_line(redaction.redact(str(error)), _MOST_TOLD)
                 call.stream_item_threadsafe({"status": f"asking again: {wrong}"})
 
         return corrections.Attempts(most, fits, lambda error: dspy_errors.translate(error, []), say)

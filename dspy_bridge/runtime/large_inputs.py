@@ -60,7 +60,7 @@ def collect() -> None:
         _collected = time.monotonic()
 
 
-_loop: asyncio.AbstractEventLoop | None = None
+_loop: EventLoop | None = None
 _starting = threading.Lock()
 
 
@@ -70,19 +70,11 @@ def loop() -> asyncio.AbstractEventLoop:
     with _starting:
         if _loop is None:
             # Steps with large values are not short.
-            _loop = EventLoop(DaemonThreads(64, "dspy_bridge-large-hop"))
-            threading.Thread(target=_run, args=(_loop,), name="dspy_bridge-large", daemon=True).start()
+            _loop = EventLoop("dspy_bridge-large-hop", inline=False)
+            threading.Thread(target=_loop.run_on_thread, name="dspy_bridge-large", daemon=True).start()
         return _loop
 
 
 def loops() -> list[asyncio.AbstractEventLoop]:
     """The second event loop, if it runs."""
     return [] if _loop is None else [_loop]
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    while True:
-        try:
-            loop.run_forever()
-        except (SystemExit, KeyboardInterrupt):
-            continue  # raised by a task, which keeps it for its waiter

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Coroutine
     from concurrent.futures import Future
+    from contextvars import Context
     from typing import Any, TypeVar
 
     from dspy_bridge.runtime.daemon_threads import DaemonThreads
@@ -96,14 +97,12 @@ def current_job() -> Job:
 
 
 class WorkerThreads:
-    """At most `most` worker threads."""
+    """At most `MAX_THREADS` worker threads."""
 
-    def __init__(self, most: int = MAX_THREADS) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._pool: DaemonThreads | None = None
         self._lock = threading.Lock()
-        self._running = 0
-        self._abandoned = 0
+        self._running = self._abandoned = 0
         self._usual_interval = sys.getswitchinterval()
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -118,41 +117,35 @@ class WorkerThreads:
         from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
         if self._pool is None:
-            self._pool = DaemonThreads(self._most, "dspy_bridge-sync")
+            self._pool = DaemonThreads(MAX_THREADS, "dspy_bridge-sync")
         loop = asyncio.get_running_loop()
         job = Job(loop, large_inputs.loop() if large_inputs.here.get() else loop)
         context = contextvars.copy_context()
         context.run(current.set, job)
-        future = self._pool.submit(self._counted, lambda: context.run(work))
+        future = self._pool.submit(self._counted, context, work)
         try:
             return await asyncio.wrap_future(future)
         except BaseException:
             job.give_up()
-            with self._lock:
-                abandoned = future.running()
-                self._abandoned += abandoned
-            if abandoned:
-                future.add_done_callback(self._returned)
+            if future.running():
+                self._count(abandoned=1)
+                future.add_done_callback(lambda _: self._count(abandoned=-1))
             raise
 
     def counts(self) -> dict[str, int]:
         """`{"running", "abandoned", "max"}`; the abandoned ones are among the running."""
-        return {"running": self._running, "abandoned": self._abandoned, "max": self._most}
+        return {"running": self._running, "abandoned": self._abandoned, "max": MAX_THREADS}
 
-    def _counted(self, work: Callable[[], T]) -> T:
-        self._count(1)
+    def _counted(self, context: Context, work: Callable[[], T]) -> T:
+        self._count(running=1)
         try:
-            return work()
+            return context.run(work)
         finally:
-            self._count(-1)
+            self._count(running=-1)
 
-    def _count(self, step: int) -> None:
+    def _count(self, running: int = 0, abandoned: int = 0) -> None:
         with self._lock:
-            self._running += step
-            busy = self._running > 0
+            self._running += running
+            self._abandoned += abandoned
             # Only while such code runs, as more switches cost everything else a little.
-            sys.setswitchinterval(SWITCH_INTERVAL if busy else self._usual_interval)
-
-    def _returned(self, _future: Future[Any]) -> None:
-        with self._lock:
-            self._abandoned -= 1
+            sys.setswitchinterval(SWITCH_INTERVAL if self._running else self._usual_interval)

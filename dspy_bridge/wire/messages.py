@@ -2,7 +2,7 @@
 
 jiter decodes: it keeps integers exact (orjson turns those past 64 bits into floats), reads a string of a megabyte in a
 sixth of orjson's time, and takes a millisecond or two to import. orjson encodes; its import takes 10 ms. The first ping
-waits for neither: pongs are formatted by hand, and most pings are not decoded (`pings`).
+waits for neither, if it has no arguments (`frames.answer_pings`).
 """
 
 from __future__ import annotations
@@ -75,10 +75,6 @@ class Request:
             raise MessageError(f"traceparent: {text}", id)
 
 
-class Encoded(bytes):
-    """A result that is already encoded."""
-
-
 class Cancel:
     """Cancels the request `id`; has no reply of its own."""
 
@@ -102,21 +98,17 @@ def decode(payload: bytes) -> Request | Cancel | ToolResult:
         raise MessageError(f"expected a JSON object, got {_json_name(message)}")
     if "command" not in message:
         if "cancel" in message:
-            return _cancel(message)
+            if _is_id(message["cancel"]):
+                return Cancel(message["cancel"])
+            id = message.get("id")
+            text = "cancel: expected the id of a request, an integer or text"
+            raise MessageError(text, id if _is_id(id) else None)
         if "tool_result" in message:
             return _tool_result(message["tool_result"])
     id = message.get("id")
     if not _is_id(id):
         raise MessageError(f"id: expected an integer or text, got {_got(message, 'id')}")
     return Request(id, message)
-
-
-def _cancel(message: dict[str, Any]) -> Cancel:
-    if not _is_id(message["cancel"]):
-        id = message.get("id")
-        text = "cancel: expected the id of a request, an integer or text"
-        raise MessageError(text, id if _is_id(id) else None)
-    return Cancel(message["cancel"])
 
 
 def _tool_result(result: Any) -> ToolResult:
@@ -139,13 +131,7 @@ def _tool_result(result: Any) -> ToolResult:
 
 def encode_result(id: Id, result: Any, meta: dict[str, Any] | None = None) -> bytes:
     """The payload of a successful reply. Values in `result` without a JSON form become strings."""
-    body = result if type(result) is Encoded else encode_value(result)
-    return b'{"id":' + _encode_id(id) + b',"success":true,"result":' + body + _encode_meta(meta) + b"}"
-
-
-def pong(now: float) -> Encoded:
-    """The result of a ping at `now`, unix seconds."""
-    return Encoded(b'{"status":"ok","timestamp":%.6f}' % now)
+    return b'{"id":' + _encode_id(id) + b',"success":true,"result":' + encode_value(result) + _encode_meta(meta) + b"}"
 
 
 def failure(error_type: str, text: str, retryable: bool | None = None) -> dict[str, Any]:
@@ -177,10 +163,8 @@ def encode_tool_call(id: Id, call_id: int, name: str, args: dict[str, Any]) -> b
 
 def encode_log(level: str, logger: str, message: str, traceparent: str | None) -> bytes:
     """The payload of a log record (`DSPY_BRIDGE_LOG_FRAMES`)."""
-    record = {"level": level, "logger": logger, "message": message}
-    if traceparent is not None:
-        record["traceparent"] = traceparent
-    return encode_value({"log": record})
+    trace = {} if traceparent is None else {"traceparent": traceparent}
+    return encode_value({"log": {"level": level, "logger": logger, "message": message, **trace}})
 
 
 def _loads(payload: bytes) -> Any:
@@ -215,10 +199,10 @@ def readable_id(payload: bytes) -> Id | None:
     import jiter
 
     try:
-        id = jiter.from_json(match[1])
+        id: Id = jiter.from_json(match[1])
     except ValueError:
         return None
-    return id if _is_id(id) else None
+    return id
 
 
 def readable_call_id(payload: bytes) -> int | None:
@@ -238,11 +222,8 @@ def _got(message: dict[str, Any], key: str) -> str:
 def _json_name(value: object) -> str:
     if value is None:
         return "null"
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+    return {dict: "an object", list: "a list", str: "text", bool: "a boolean"}.get(type(value), "a number")
 
 
 def _encode_id(id: Id | None) -> bytes:
-    if type(id) is int:
-        return b"%d" % id
-    return b"null" if id is None else encode_value(id)
+    return b"%d" % id if type(id) is int else encode_value(id)

@@ -1,14 +1,16 @@
-"""program_loader: when the load of a lazy program is tried again."""
+"""program_loader: when a load is tried again; loaded programs are frozen, garbage and removed ones collected first."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from dspy_bridge.commands.program_loader import ProgramLoader
+from dspy_bridge.commands.program_loader import EVERY, GcFreezer, ProgramLoader
 from dspy_bridge.commands.program_registry import Registry
 from dspy_bridge.errors import InvalidArgs, LoadFailed, SetupFailed
 from dspy_bridge.runtime.worker_threads import WorkerThreads
@@ -19,7 +21,7 @@ class Loads(ProgramLoader):
     """Its programs load as `outcomes` say, one after the other."""
 
     def __init__(self, *outcomes: Any) -> None:
-        super().__init__(Settings({}), lambda: None, WorkerThreads())
+        super().__init__(Settings({}), WorkerThreads())
         self.outcomes = list(outcomes)
 
     def _make(self, definition: dict[str, Any]) -> Any:
@@ -56,3 +58,43 @@ def test_a_failed_load_is_tried_again_later_and_not_before(
         assert entry.details()["loaded"] and "error" not in entry.details()
 
     asyncio.run(scenario())
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+class Cycle:
+    """Only a collection frees it."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        self.me = self
+        Cycle.alive += 1
+
+    def __del__(self) -> None:
+        Cycle.alive -= 1
+
+
+def test_due_after_so_many_changes_and_garbage_is_not_kept(thawed: None) -> None:
+    freezer = GcFreezer()
+    assert [freezer.changed(1, removed=False) for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
+    Cycle()
+    freezer.freeze()
+    assert gc.get_freeze_count() > 0 and Cycle.alive == 0
+    assert not freezer.changed(EVERY - 1, removed=True) and freezer.changed(1, removed=True)
+
+
+def test_removed_objects_are_collected_even_if_they_were_frozen(thawed: None) -> None:
+    freezer = GcFreezer()
+    program = Cycle()
+    freezer.freeze()
+    del program
+    gc.collect()
+    assert Cycle.alive == 1, "what is frozen is not collected"
+    freezer.changed(1, removed=True)
+    freezer.freeze()
+    assert Cycle.alive == 0 and gc.get_freeze_count() > 0

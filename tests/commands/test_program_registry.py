@@ -19,7 +19,7 @@ def test_a_failed_replacement_brings_back_what_was_before() -> None:
     third = registry.add("x", DEFINITION)
     assert listed(registry) == ["x"], "a list still shows the answered one"
     registry.discard(second)
-    assert registry.get("x") is third and second.working() is first
+    assert registry.get("x") is third
     registry.discard(third)
     assert registry.get("x") is first
     registry.discard(third)
@@ -47,7 +47,9 @@ def test_a_replaced_program_counts_as_new_and_keeps_no_predecessor() -> None:
     assert listed(registry) == ["a", "b"], "a failed replacement leaves it where it was"
     entry = registry.add("a", DEFINITION)
     registry.confirm(entry)
-    assert listed(registry) == ["b", "a"] and entry.previous is None
+    assert listed(registry) == ["b", "a"]
+    registry.discard(entry)
+    assert registry.get("a") is None
 
 
 def test_a_lazy_definition_replaces_at_once_and_for_good() -> None:

@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 
+from dspy_bridge import logs
 from dspy_bridge.commands import batch
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import ToolFailed
 
 Work = Callable[[dict[str, Any], Call], Any]
+
+
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "exception", lambda error: "r")
 
 
 class Bench:
@@ -27,12 +33,15 @@ class Bench:
         # Called when there is room again.
         self.waiting_for_room: queue.Queue[Callable[[], object]] = queue.Queue()
         self.full = full
+
+        def limited(args: dict[str, Any], call: Call) -> Any:
+            call.limited = True
+            return work(args, call)
+
         limits = {"max_in_flight": 4, "max_queue": 10, "max_frame_bytes": 10_000, **limits}
         self.dispatcher = Dispatcher(
-            {"work": work},
+            {"work": limited},
             self._send,
-            limited=["work"],
-            log_exception=lambda error: "r",
             when_room=self._when_room,
             **limits,
         )

@@ -13,16 +13,24 @@ from typing import Any
 import pytest
 from peer import frame
 
-from dspy_bridge import tracing
+from dspy_bridge import logs, tracing
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.dispatch.dispatcher import Dispatcher
 from dspy_bridge.errors import InvalidArgs, Overloaded
 
 
+@pytest.fixture(autouse=True)
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "exception", lambda error: Bench.last._log(error))
+
+
 class Bench:
     """A dispatcher whose replies can be awaited, and handlers that can be held."""
 
+    last: Bench
+
     def __init__(self, **limits: int) -> None:
+        Bench.last = self
         self.replies: queue.Queue[dict[str, Any]] = queue.Queue()
         self.logged: list[str] = []
         self.started: queue.Queue[int] = queue.Queue()
@@ -33,15 +41,13 @@ class Bench:
             "bad": self._bad,
             "exit": lambda args, call: sys.exit(3),
             "crash": lambda args, call: 1 / 0,
-            "work": lambda args, call: self._work(args, call),
+            "work": self._limited,
             "free": lambda args, call: self._work(args, call),
         }
         limits = {"max_in_flight": 2, "max_queue": 2, "max_frame_bytes": 1000, **limits}
         self.dispatcher = Dispatcher(
             table,
             self._send,
-            limited=["work"],
-            log_exception=self._log,
             when_room=lambda callback: False,
             **limits,
         )
@@ -58,6 +64,10 @@ class Bench:
     def _bad(self, args: Any, call: Any) -> Any:
         call.on_reply = lambda ok: self.logged.append("kept" if ok else "undone")
         raise InvalidArgs("x: expected\n  text")
+
+    def _limited(self, args: dict[str, Any], call: Any) -> Any:
+        call.limited = True
+        return self._work(args, call)
 
     async def _work(self, args: dict[str, Any], call: Any) -> Any:
         call.on_reply = lambda ok: self.logged.append("kept" if ok else "undone")

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.dispatch.call import Limiter
 
 
 async def in_order() -> None:

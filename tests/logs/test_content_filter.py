@@ -1,4 +1,4 @@
-"""content_filter: what a record says of contents is left out, where it comes from stays."""
+"""peer_log: what a record says of contents is left out, where it comes from stays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dspy_bridge.logs import content_filter
+from dspy_bridge.logs import peer_log
 
 SECRET = "a secret of the caller's"
 
@@ -18,7 +18,7 @@ SECRET = "a secret of the caller's"
 def filtered(name: str, path: str, message: object, *args: object, error: BaseException | None = None) -> str:
     exc_info = None if error is None else (type(error), error, error.__traceback__)
     record = logging.LogRecord(name, logging.ERROR, path, 12, message, args, exc_info)
-    return logging.Formatter("%(message)s").format(content_filter.without_contents(record))
+    return logging.Formatter("%(message)s").format(peer_log.without_contents(record))
 
 
 @pytest.fixture

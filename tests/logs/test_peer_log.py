@@ -100,7 +100,8 @@ def test_records_that_nobody_reads_are_dropped_and_counted_once(
         for payload in decoder.feed(os.read(reading, 1 << 20)):
             record = json.loads(payload)["log"]  # type: ignore[arg-type]  # none is too large
             (dropped if record["logger"] == "dspy_bridge" else numbers).append(record["message"].split()[0])
-    assert numbers == [str(number) for number in range(len(numbers))]
+    # Some may be dropped before the writer has taken what it can.
+    assert numbers == sorted(set(numbers), key=int)
     assert len(numbers) + int(dropped[0]) == count and int(dropped[0]) > count / 2
     os.close(writing)
     os.close(reading)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dspy_bridge.dispatch.limiter import Limiter
+from dspy_bridge.dispatch.call import Limiter
 from dspy_bridge.optimizing.arguments import Budget
 from dspy_bridge.optimizing.run import Run
 

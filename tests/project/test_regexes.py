@@ -22,7 +22,7 @@ from dspy_bridge.logs import redaction
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.signatures import media, type_parser
 from dspy_bridge.streaming import field_parsers
-from dspy_bridge.wire import messages, pings
+from dspy_bridge.wire import frames, messages
 
 SOURCES = sorted(Path(dspy_bridge.__file__).parent.rglob("*.py"))
 # The length of a string, and the CPU seconds that it may take: the slowest linear expression takes 0.01 s for it, a
@@ -55,7 +55,7 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         lambda text: messages.readable_call_id(text.encode()),
         [' { "tool_result" : { "call_id" : 12 ,'],
     ),
-    "pings:_PING": (lambda text: pings.answer(text.encode(), 0.0), ["\0\0\0Y" + PING, ("\0\0\0Y" + PING) * 2]),
+    "frames:_PING": (lambda text: frames.answer_pings(text.encode(), 0.0), ["\0\0\0Y" + PING, ("\0\0\0Y" + PING) * 2]),
     "messages:__init__": (lambda text: re.fullmatch(messages._TRACEPARENT, text), [TRACE]),
     "redaction:_SECRET_NAME": (redaction.names_secret, ["api_keys"]),
     "redaction:_USER": (lambda text: redaction._USER.sub("", text), ["https://ab:cd@ef"]),

@@ -24,10 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peer import ROOT
 
-from dspy_bridge import app, erlport
-from dspy_bridge.commands.handlers import Commands
+from dspy_bridge import erlport, logs
+from dspy_bridge.commands import handlers
 from dspy_bridge.dispatch.call import Call
-from dspy_bridge.logs import peer_log
 from dspy_bridge.wire import erlport_terms, messages
 
 PID = Opaque(Opaque.PID, 1)
@@ -42,8 +41,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     for name, module in (("erlport", fakes.erlport), ("erlport.erlterms", erlterms), ("erlport.erlang", erlang)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(erlport, "_peer", None)
-    monkeypatch.setattr(peer_log, "setup", lambda level, send: None)
+    erlport._peer.cache_clear()
     monkeypatch.setattr(erlang, "mailbox", queue.Queue())
     monkeypatch.setattr(erlang, "ended", [])
 
@@ -63,13 +61,17 @@ class Held:
             "echo": lambda args, call: args,
             "twice": lambda args, call: [args, args],
             "later": self._later,
-            "hold": self._hold,
+            "hold": self._limited,
             "ask": self._ask,
             "crash": lambda args, call: 1 / 0,
         }
 
     async def _later(self, args: dict[str, Any], call: Call) -> Any:
         return args
+
+    def _limited(self, args: dict[str, Any], call: Call) -> Any:
+        call.limited = True
+        return self._hold(args, call)
 
     async def _hold(self, args: dict[str, Any], call: Call) -> Any:
         self.started.release()
@@ -84,8 +86,7 @@ class Held:
 def held(monkeypatch: pytest.MonkeyPatch) -> Held:
     """The commands of `Held` in place of the six."""
     held = Held()
-    monkeypatch.setattr(Commands, "table", lambda self: held.table())
-    monkeypatch.setattr(app, "LIMITED", ["hold"])
+    monkeypatch.setattr(handlers.Commands, "table", lambda self: held.table())
     return held
 
 
@@ -295,7 +296,7 @@ def test_args_may_be_left_out_or_nil_and_must_be_a_map_else(held: Held) -> None:
 
 
 def test_a_defect_is_an_internal_error_without_its_text(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_log, "exception", lambda error: "reference-1")
+    monkeypatch.setattr(logs, "exception", lambda error: "reference-1")
     reply = call(b"crash")
     assert reply[b"error_type"] == b"internal" and b"reference-1" in reply[b"error"]
     assert b"division" not in reply[b"error"]
@@ -329,7 +330,7 @@ def test_a_setting_that_cannot_be_read_is_told_by_every_call_until_it_can(monkey
     assert call(b"ping") == wrong and received() == (b"ref", wrong)
     monkeypatch.setenv("DSPY_BRIDGE_MAX_QUEUE", "5")
     assert call(b"ping")[b"success"] == "true"
-    assert erlport._peer is not None and erlport._peer.settings.max_queue == 5
+    assert erlport._peer().settings.max_queue == 5
 
 
 def test_submit_tells_each_under_its_reference_errors_too(held: Held) -> None:

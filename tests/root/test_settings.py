@@ -80,7 +80,7 @@ def test_an_unknown_flag_is_refused_without_its_value() -> None:
 def test_an_unexpected_argument_is_named() -> None:
     for arguments in (["serve"], ["--lm", "offline/echo", "serve"], ["serve", "--lm-option", "s3cret"]):
         done = run(*arguments)
-        assert done.returncode == 2 and "unknown arguments serve" in done.stderr and "s3cret" not in done.stderr
+        assert done.returncode == 2 and "unknown argument serve" in done.stderr and "s3cret" not in done.stderr
 
 
 def test_a_full_disk_for_stdout_is_an_error_with_a_line() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peer import frame, vector_payload, vectors
 
-from dspy_bridge.wire import messages, pings
+from dspy_bridge.wire import frames, messages
 from dspy_bridge.wire.messages import Cancel, NotJSON, Request
 
 JSON = st.recursive(
@@ -139,6 +139,10 @@ def test_integers_of_up_to_4300_digits_are_exact_both_ways(digits: int, sign: st
 QUICK = b'{"id":%d,"timeout_ms":5000,"command":"ping","args":{},"timestamp":"2026-01-01T00:00:00Z"}'
 
 
+def pong(id: int, now: float) -> bytes:
+    return b'{"id":%d,"success":true,"result":{"status":"ok","timestamp":%.6f}}' % (id, now)
+
+
 # As a map in Elixir is written, whose keys are sorted, and as Python writes a dict.
 OTHERS = [
     b'{"args":{},"command":"ping","id":%d}',
@@ -151,8 +155,8 @@ OTHERS = [
 @pytest.mark.parametrize("form", OTHERS)
 def test_pings_of_other_clients_are_answered_by_their_bytes(form: bytes) -> None:
     data = frame(form % 7) + frame(QUICK % 8) + frame(form % 9)
-    replies = [frame(messages.encode_result(id, messages.pong(12.5))) for id in (7, 8, 9)]
-    assert pings.answer(data, 12.5) == (b"".join(replies), 3, len(data))
+    replies = [frame(pong(id, 12.5)) for id in (7, 8, 9)]
+    assert frames.answer_pings(data, 12.5) == (b"".join(replies), 3, len(data))
 
 
 @pytest.mark.parametrize(
@@ -170,19 +174,21 @@ def test_pings_of_other_clients_are_answered_by_their_bytes(form: bytes) -> None
     ],
 )
 def test_what_is_not_such_a_ping_is_left_to_the_decoder(payload: bytes) -> None:
-    assert pings.answer(frame(payload), 12.5) == (b"", 0, 0)
+    assert frames.answer_pings(frame(payload), 12.5) == (b"", 0, 0)
 
 
 def test_pings_as_bridge_writes_them_are_answered_by_their_bytes() -> None:
     ids = (0, 7, 10**17)
-    replies = [frame(messages.encode_result(id, messages.pong(12.5))) for id in ids]
+    replies = [frame(pong(id, 12.5)) for id in ids]
     packets = [frame(QUICK % id) for id in ids]
-    assert pings.answer(packets[1], 12.5) == (replies[1], 1, len(packets[1]))
+    assert frames.answer_pings(packets[1], 12.5) == (replies[1], 1, len(packets[1]))
     data = b"".join(packets)
-    assert pings.answer(data, 12.5) == (b"".join(replies), len(ids), len(data))
+    assert frames.answer_pings(data, 12.5) == (b"".join(replies), len(ids), len(data))
     for rest in (packets[0][:-1], frame(b'{"id":1,"command":"list_programs"}') + packets[0], b"\x00", b"\x00" * 9):
-        assert pings.answer(data + rest, 12.5) == (b"".join(replies), len(ids), len(data)), "what follows is left"
-        assert pings.answer(rest, 12.5) == (b"", 0, 0)
+        assert frames.answer_pings(data + rest, 12.5) == (b"".join(replies), len(ids), len(data)), (
+            "what follows is left"
+        )
+        assert frames.answer_pings(rest, 12.5) == (b"", 0, 0)
 
 
 @pytest.mark.parametrize("digits", [1, 17, 18, 19, 20, 21, 300])
@@ -191,14 +197,12 @@ def test_an_id_of_any_length_is_exact_by_each_way(digits: int, first: str) -> No
     """The short way takes ids of up to 18 digits, which fit a machine word; all others are decoded."""
     id = int(first + "8" * (digits - 1))
     payload = QUICK % id
-    reply, _, used = pings.answer(frame(payload), 1.5)
+    reply, _, used = frames.answer_pings(frame(payload), 1.5)
     short = digits <= 18 and id > 0
     assert used == (len(frame(payload)) if short else 0)
     request = messages.decode(payload)
     assert isinstance(request, Request) and request.id == id
-    pong = messages.encode_result(request.id, messages.pong(1.5))
-    assert json.loads(pong)["id"] == id
-    assert reply == (frame(pong) if short else b"")
+    assert reply == (frame(pong(id, 1.5)) if short else b"")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import jiter
 
-from dspy_bridge.dispatch import error_replies
+from dspy_bridge.dispatch import replies
 from dspy_bridge.logs import redaction
 from dspy_bridge.wire.json_values import encode_value
 
@@ -125,5 +125,5 @@ def _without_data(text: str) -> str:
 
 def shown_error(error: BaseException) -> str:
     """An exception in one line, without secrets."""
-    text = error_replies.one_line(f"{type(error).__name__}: {error}", 10 * error_replies.MAX_ERROR_CHARS)
-    return error_replies.one_line(redaction.redact(text))
+    text = replies.one_line(f"{type(error).__name__}: {error}", 10 * replies.MAX_ERROR_CHARS)
+    return replies.one_line(redaction.redact(text))

@@ -48,7 +48,7 @@ class Starts(dspy.Module):
 # What needs no DSPy: a peer that has children from the start, and whose interpreter stands still from SIGUSR1 on.
 STARTS = f"""
 import atexit, ctypes, os, runpy, signal, sys
-from dspy_bridge.port import reader, stderr, watchdog
+from dspy_bridge.port import reader, stdio, watchdog
 {CHILDREN}
 sleep = ctypes.PyDLL(None).sleep
 signal.signal(signal.SIGUSR1, lambda *_: sleep(30))
@@ -266,7 +266,7 @@ def test_its_reader_is_gone(start: Any, tree: Any) -> None:
 
 
 AT_EXIT = (
-    "atexit.register(lambda: stderr.log('children at exit: ' + os.popen('pgrep -c -P %d sleep' % os.getpid()).read()))"
+    "atexit.register(lambda: stdio.log('children at exit: ' + os.popen('pgrep -c -P %d sleep' % os.getpid()).read()))"
 )
 
 

@@ -1,4 +1,7 @@
-"""Results and exceptions to reply payloads, counted per command. Any thread may use it."""
+"""Results and exceptions to reply payloads, counted per command. Any thread may use it.
+
+Here, and nowhere else, do exceptions become errors of the protocol.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import threading
 import time
 from collections import deque
 
-from dspy_bridge.dispatch import error_replies
-from dspy_bridge.errors import FrameTooLarge
+from dspy_bridge import logs
+from dspy_bridge.errors import BridgeError, FrameTooLarge
 from dspy_bridge.wire import messages
 
 TYPE_CHECKING = False
@@ -19,6 +22,31 @@ if TYPE_CHECKING:
 
 # Quantiles are those of the last thousand calls: 8 KB for each command, sorted in 0.1 ms on request.
 WINDOW = 1000
+# An error's text is one line of at most this many characters.
+MAX_ERROR_CHARS = 2000
+# Before it is cut to that it is redacted, and before that cut to this: half a secret is not known as one.
+_MOST_REDACTED = 10 * MAX_ERROR_CHARS
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """`{"success": False, "error", "error_type"}`, of an exception."""
+    if isinstance(error, BridgeError):
+        text = str(error)
+        if not error.exact:
+            # The first ping would wait for its expressions.
+            from dspy_bridge.logs import redaction
+
+            text = one_line(redaction.redact(one_line(text, _MOST_REDACTED)))
+        return messages.failure(error.error_type, text, error.retryable)
+    # A defect, ours or of user code. Its text may hold contents, so it goes to the log alone.
+    text = f"{type(error).__name__} in the peer; its log has the traceback under {logs.exception(error)}"
+    return messages.failure("internal", text)
+
+
+def one_line(text: str, most: int = MAX_ERROR_CHARS) -> str:
+    """`text` without line breaks, cut to `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 class CommandStats:
@@ -43,11 +71,10 @@ class CommandStats:
 
 
 class ReplyEncoder:
-    """Encodes replies of at most `max_bytes`; `log_exception` is as for `error_replies.describe`."""
+    """Encodes replies of at most `max_bytes`."""
 
-    def __init__(self, commands: Iterable[str], max_bytes: int, log_exception: Callable[[BaseException], str]) -> None:
+    def __init__(self, commands: Iterable[str], max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._log_exception = log_exception
         # Public for pings that are answered before they become calls, on the reading thread.
         self.pings = CommandStats()
         self._stats = {name: CommandStats() for name in commands} | {"ping": self.pings}
@@ -68,7 +95,7 @@ class ReplyEncoder:
         if call.on_reply is not None:
             call.on_reply(error is None)
         if error is not None:
-            failure = self.describe(error)
+            failure = describe(error)
             payload = self._fitting(meta, lambda meta: messages.encode_failure(call.id, failure, meta))
             if len(payload) > self._max_bytes:
                 # The limit is a few hundred bytes, or an id or a name fills it.
@@ -79,9 +106,6 @@ class ReplyEncoder:
             with self._lock:
                 stats.add(now - call.received, error is not None)
         return payload
-
-    def describe(self, error: BaseException) -> dict[str, Any]:
-        return error_replies.describe(error, self._log_exception)
 
     def summaries(self) -> dict[str, dict[str, int | float]]:
         """The statistics of each command that was called."""
