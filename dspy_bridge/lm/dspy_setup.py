@@ -23,10 +23,10 @@ if not hasattr(dspy, "lm15"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
 from dspy_bridge.lm import answer_cache, dspy_internals, event_loop_lm, lm_call, lm_factory, lm_options, main_loop
-from dspy_bridge.lm.adapters import built_once, guarded_adapters, json_answers
-from dspy_bridge.lm.metering import endings
+from dspy_bridge.lm.adapters import built_once, guarded_adapters  # noqa: F401  # see `dspy_internals.Name.replace`
+from dspy_bridge.lm.metering import endings  # noqa: F401
 from dspy_bridge.lm.offline import offline_lm, script_lm
-from dspy_bridge.lm.transport import litellm_route, outgoing, routes
+from dspy_bridge.lm.transport import outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import inline_executor
 from dspy_bridge.settings import ADAPTERS, Settings
@@ -50,14 +50,6 @@ class LMs:
         peer_log.adopt("dspy")
         outgoing.most = settings.max_lm_bytes
         dspy_internals.check()
-        outgoing.install()
-        litellm_route.install()
-        json_answers.install()
-        built_once.install()
-        event_loop_lm.install()
-        routes.install()
-        endings.install()
-        guarded_adapters.install()
         # A cache on disk is waited for.
         steps = dspy_internals.STEPS + (dspy_internals.CACHE_STEPS if settings.disk_cache is None else [])
         inline_executor.allow(step.value for step in steps if step.there)

@@ -15,7 +15,6 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import lm_factory, lm_options
-from dspy_bridge.lm.transport import litellm_route, outgoing
 
 # For each question; a small model on a busy machine takes long to read even these.
 SECONDS = 60
@@ -50,9 +49,6 @@ def ask(model: str, of_dspy: dict[str, Any], supports: frozenset[str] | None) ->
     `ms`: of its first answer; `response_schema`, `function_calling`: whether it honours them; `supports`: the option
     that says so, None if it is already known. Or `error` and `kind`, the error's class.
     """
-    # No redirect is followed then, and no answer without end is read.
-    outgoing.install()
-    litellm_route.install()
     lm = _make(model, of_dspy)
     found: dict[str, Any] = {}
     try:

@@ -38,11 +38,6 @@ def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | 
     return config, allowed
 
 
-def install() -> None:
-    # DSPy calls it for each answer, unless history is off; it would keep 10,000 prompts.
-    dspy.BaseLM.update_history = _ended
-
-
 def _ended(lm: Any, entry: dict[str, Any]) -> None:
     """An LM has answered, or the cache. Raises `CutOff`."""
     call, run, usage, outputs = lm_call.current.get(), lm_call.run(), entry["usage"] or {}, entry["outputs"]
@@ -62,6 +57,10 @@ def _ended(lm: Any, entry: dict[str, Any]) -> None:
         if not whole or not keeping_whole.get():
             _refuse({**lm.kwargs, **entry["kwargs"]}, getattr(entry.get("request"), "config", None))
         outputs[:] = whole
+
+
+# DSPy calls it for each answer, unless history is off; it would keep 10,000 prompts.
+dspy.BaseLM.update_history = _ended
 
 
 def _count(usage: dict[str, Any]) -> int:

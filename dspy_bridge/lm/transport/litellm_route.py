@@ -31,27 +31,22 @@ _importing: Future[None] | None = None
 _lock = Lock()
 
 
-def install() -> None:
-    """Put an engine of ours in the place of that by which DSPy calls LiteLLM, once in a process."""
-    dspy_internals.LITELLM_ENGINE.wrap(_engine)
+@dspy_internals.LITELLM_ENGINE.replace
+class _Engine(dspy_internals.LITELLM_ENGINE.value or object):  # type: ignore[misc]  # DSPy ships no types
+    """That by which DSPy calls LiteLLM."""
 
+    async def complete(self, request: Any) -> Any:
+        async with _call(self, request):
+            return await super().complete(request)
 
-def _engine(kind: Any) -> Any:
-    class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
-        async def complete(self, request: Any) -> Any:
-            async with _call(self, request):
-                return await super().complete(request)
+    async def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
+        async with _call(self, request):
+            return await super().complete_legacy(lm, request, **context)
 
-        async def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
-            async with _call(self, request):
-                return await super().complete_legacy(lm, request, **context)
-
-        async def stream(self, request: Any) -> AsyncIterator[Any]:
-            async with _call(self, request), aclosing(super().stream(request)) as events:
-                async for event in events:
-                    yield event
-
-    return Engine
+    async def stream(self, request: Any) -> AsyncIterator[Any]:
+        async with _call(self, request), aclosing(super().stream(request)) as events:
+            async for event in events:
+                yield event
 
 
 @asynccontextmanager

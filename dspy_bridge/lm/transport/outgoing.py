@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -98,53 +97,39 @@ async def connect(attempt: Callable[[float | None], Awaitable[T]], target: Targe
         delay *= 2
 
 
-def install() -> None:
-    """Wrap them, once in a process."""
-    dspy_internals.CONNECTIONS.wrap(lambda options: lambda config: {"max_connections": _CONNECTIONS, **options(config)})
-    dspy_internals.TRANSPORT.wrap(_sending)
+@dspy_internals.CONNECTIONS.replace
+def _transport_options(config: Any) -> dict[str, Any]:
+    return {"max_connections": _CONNECTIONS, **dspy_internals.CONNECTIONS.value(config)}
 
 
-def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stream)
-    @asynccontextmanager
-    async def send(self: Any, request: Any) -> AsyncIterator[Any]:
-        request, target = _traced(request), lm_call.target()
-        async with admission.admitted(), AsyncExitStack() as stack:
+@dspy_internals.TRANSPORT.replace
+@asynccontextmanager
+async def _send(transport: Any, request: Any) -> AsyncIterator[Any]:
+    if (traceparent := tracing.current()) is not None:
+        # The only one: an LM with headers of its own goes through LiteLLM.
+        request = dataclasses.replace(request, headers=[*request.headers, (tracing.TRACEPARENT, traceparent)])
+    async with admission.admitted(), AsyncExitStack() as stack:
 
-            async def attempt(seconds: float | None) -> Any:
-                timed = dataclasses.replace(request, connect_timeout=seconds)
-                return await stack.enter_async_context(stream(self, timed))
+        async def attempt(seconds: float | None) -> Any:
+            timed = dataclasses.replace(request, connect_timeout=seconds)
+            return await stack.enter_async_context(dspy_internals.TRANSPORT.value(transport, timed))
 
-            response = await connect(attempt, target, request.url)
-            answer = Answer(response.status, response.header)
+        response = await connect(attempt, lm_call.target(), request.url)
+        answer = Answer(response.status, response.header)
 
-            async def chunks() -> AsyncIterator[bytes]:
-                async with aclosing(aiter(response)) as pieces:
-                    async for piece in pieces:
-                        yield answer.piece(piece)
+        async def chunks() -> AsyncIterator[bytes]:
+            async with aclosing(aiter(response)) as pieces:
+                async for piece in pieces:
+                    yield answer.piece(piece)
 
-            async def release(_consumed: bool) -> None:
-                await response.aclose()
+        async def release(_consumed: bool) -> None:
+            await response.aclose()
 
-            yield _with_body(response, chunks(), release)
-
-    return send
-
-
-def _traced(request: Any) -> Any:
-    traceparent = tracing.current()
-    if traceparent is None:
-        return request
-    # The only one: an LM with headers of its own goes through LiteLLM.
-    return dataclasses.replace(request, headers=[*request.headers, (tracing.TRACEPARENT, traceparent)])
-
-
-def _with_body(response: Any, chunks: Any, release: Callable[[bool], Any]) -> Any:
-    return type(response)(
-        status=response.status,
-        reason=response.reason,
-        headers=response.headers,
-        http_version=response.http_version,
-        chunks=chunks,
-        release=release,
-    )
+        yield type(response)(
+            status=response.status,
+            reason=response.reason,
+            headers=response.headers,
+            http_version=response.http_version,
+            chunks=chunks(),
+            release=release,
+        )

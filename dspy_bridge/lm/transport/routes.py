@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,39 +40,36 @@ class LMElsewhere(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
     """LiteLLM would send the key of one provider to another. Not worth a retry."""
 
 
-def install() -> None:
-    """Keep what DSPy looks up for each LM call: providers take 22 µs of 980, proxies 33. Once in a process."""
-    if dspy_internals.OFFLINE_ENGINE.there:
-        dspy_internals.RESOLVE.wrap(_resolving)
-        dspy_internals.OFFLINE_ENGINE.wrap(_routing)
-    dspy_internals.PROXIES.wrap(_now_and_then)
-
-
 @functools.lru_cache(256)
 def route(model: str, model_type: str) -> Any:
     """DSPy's routing of a model, of which it makes an engine for each call; the same without a network or a key."""
     return dspy_internals.OFFLINE_ENGINE.value(_NO_ENVIRONMENT, model_type=model_type).resolve(model)
 
 
-def _resolving(resolve: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda lm: resolve(lm) if getattr(lm, "_providers", ()) else route(lm.model, lm.model_type)
+# What DSPy looks up for each LM call is kept: providers take 22 µs of 980, proxies 33.
 
 
-def _routing(engine: Callable[..., Any]) -> Callable[..., Any]:
-    def made(config: Any = None, *, model_type: str = "chat") -> Any:
-        if config != _NO_ENVIRONMENT:
-            return engine(config, model_type=model_type)
-        return SimpleNamespace(resolve=lambda model: route(model, model_type))
-
-    return made
+@dspy_internals.RESOLVE.replace
+def _resolve(lm: Any) -> Any:
+    anew = getattr(lm, "_providers", ()) or not dspy_internals.OFFLINE_ENGINE.there
+    return dspy_internals.RESOLVE.value(lm) if anew else route(lm.model, lm.model_type)
 
 
-def _now_and_then(getproxies: Callable[[], dict[str, str]]) -> Callable[[], dict[str, str]]:
-    @functools.lru_cache(1)
-    def found(_second: int) -> dict[str, str]:
-        return getproxies()
+@dspy_internals.OFFLINE_ENGINE.replace
+def _engine(config: Any = None, *, model_type: str = "chat") -> Any:
+    if config != _NO_ENVIRONMENT:
+        return dspy_internals.OFFLINE_ENGINE.value(config, model_type=model_type)
+    return SimpleNamespace(resolve=lambda model: route(model, model_type))
 
-    return functools.wraps(getproxies)(lambda: found(int(time.monotonic())))
+
+@dspy_internals.PROXIES.replace
+def _proxies() -> Any:
+    return _proxies_at(int(time.monotonic()))
+
+
+@functools.lru_cache(1)
+def _proxies_at(_second: int) -> Any:
+    return dspy_internals.PROXIES.value()
 
 
 @functools.lru_cache(256)
