@@ -7,7 +7,8 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import lm_call, servers
+from dspy_bridge.lm import lm_call
+from dspy_bridge.lm.transport import routes
 
 
 def configure(*, disk_cache: str | None, entries: int) -> None:
@@ -30,7 +31,7 @@ class _Cache(dspy.clients.Cache):  # type: ignore[misc]  # DSPy ships no types
     def cache_key(self, request: dict[str, Any], ignored_args_for_cache_key: list[str] | None = None) -> str:
         target = lm_call.target()
         # An LM of your application's is known by what is in the request alone.
-        account = servers.account(request) if target is None else repr((target.account, target.scope))
+        account = routes.account(request) if target is None else repr((target.account, target.scope))
         return sha256(f"{super().cache_key(request, ignored_args_for_cache_key)} {account}".encode()).hexdigest()
 
     def get(self, *args: Any, **options: Any) -> Any:

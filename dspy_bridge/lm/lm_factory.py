@@ -11,7 +11,7 @@ from typing import Any
 import dspy
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import dspy_internals, lm_options, main_loop, rate_limits, servers
+from dspy_bridge.lm import dspy_internals, lm_options, main_loop, rate_limits
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.lm_call import Target
 from dspy_bridge.lm.offline import echo_lm, offline_lm, script_lm
@@ -41,8 +41,8 @@ def make(options: dict[str, Any]) -> dspy.BaseLM:
     except (TypeError, ValueError, dspy.LMError) as error:
         raise InvalidArgs(f"lm: {error}") from None
     lm.supports = supports
-    lane = rate_limits.lane(servers.limited_account(options), limits)
-    lm.target = Target(servers.account(options), scope, connect_timeout, lm.num_retries > 0, key_of, lane)
+    lane = rate_limits.lane(routes.limited_account(options), limits)
+    lm.target = Target(routes.account(options), scope, connect_timeout, lm.num_retries > 0, key_of, lane)
     lm.secrets = list(redaction.secrets(options))
     redaction.remember(lm.secrets)
     # A copy shares the connections; it must not keep what its end depends on.
