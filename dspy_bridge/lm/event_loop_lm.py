@@ -9,7 +9,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import dspy_internals, lm_call, main_loop
+from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.runtime import event_loop
 
 _PARAMS = {
@@ -69,7 +69,7 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
 
 def _on_loop(work: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs: Any) -> Any:
     event_loop.refuse_sync_call()
-    call, job, loop = work(*args, **kwargs), lm_call.job(), main_loop.get()
+    call, job, loop = work(*args, **kwargs), lm_call.job(), lm_call.main_loop()
     if job is not None:
         return job.on_lm_loop(call)
     # In a thread that a module started without its context.

@@ -13,7 +13,7 @@ import dspy
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.lm import lm_call
-from dspy_bridge.lm.transport import admission
+from dspy_bridge.lm.transport import outgoing
 
 # In the `config` of a program or a call; ours, so DSPy does not get it.
 ALLOW_TRUNCATED = "allow_truncated"
@@ -44,8 +44,8 @@ def _ended(lm: Any, entry: dict[str, Any]) -> None:
     reasons = _reasons_of(entry["response"])
     run.spend(_count(usage))
     if call is not None:
-        if call.target is not None and call.target.lane.gate.watched:
-            admission.spend(call.target, _count(usage))
+        if call.target is not None:
+            outgoing.spend(call.target, _count(usage))
         call.usage = usage
         # Only then: a run may have thousands of long answers.
         call.outputs = None if call.entry is None else list(outputs)

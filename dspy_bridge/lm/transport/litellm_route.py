@@ -23,7 +23,7 @@ import dspy
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall
-from dspy_bridge.lm.transport import admission, outgoing, routes
+from dspy_bridge.lm.transport import outgoing, routes
 from dspy_bridge.logs import redaction
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
@@ -54,7 +54,7 @@ async def _call(engine: Any, request: Any) -> AsyncIterator[None]:
     # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
     await asyncio.shield(asyncio.wrap_future(start()))
     _refuse_elsewhere(engine, request)
-    async with admission.admitted():
+    async with outgoing.admitted():
         with _guarded():
             yield
 
