@@ -15,7 +15,7 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.dispatch.call import Call
-from dspy_bridge.lm import dspy_internals, main_loop
+from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.streaming import field_parsers
@@ -82,7 +82,7 @@ class Stream:
         for field, text in chunks:
             self._sent.setdefault(field, []).append(text)
             # From sync code it may be called on another loop.
-            await main_loop.run(self._call.stream_item({"field": field, "chunk": text}))
+            await lm_call.on_main_loop(self._call.stream_item({"field": field, "chunk": text}))
         _correct_progress(bool(chunks))
 
     def _read(self, piece: Any) -> list[field_parsers.Chunk]:
