@@ -1,17 +1,19 @@
-"""Large inputs and files of a run are read on other threads than the event loop's. With the real DSPy."""
+"""Large inputs, files and results of tools are handled on other threads than the event loop's. With the real DSPy."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import dspy
 import pytest
 from dspy.utils.callback import BaseCallback
-from lm_server import LMServer, chat
+from lm_server import LMServer, chat, script
 
 from dspy_bridge.lm import dspy_setup
 from dspy_bridge.programs.program import Program
@@ -19,6 +21,7 @@ from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
 from dspy_bridge.signatures import confined_files
+from dspy_bridge.wire.json_values import encode_value
 
 LARGE = "x" * (large_inputs.LARGE + 1)
 
@@ -117,6 +120,42 @@ def test_a_file_is_read_elsewhere(content: bytes, tmp_path: Path, monkeypatch: p
     outputs, threads, _ = call(PHOTO, {"photo": {"path": "a.png"}}, 100, files_dir=str(tmp_path))
     assert outputs == {"answer": "Paris"} and readers[0].startswith("dspy_bridge-reader")
     assert threads["format"].startswith("dspy_bridge-sync")
+
+
+def test_a_large_result_of_a_tool_keeps_the_loop_free() -> None:
+    """One by one two million integers blocked it for five seconds. The prompt has JSON, the reply a list."""
+    rows = [*range(1_000_000), "<<CUSTOM-TYPE-START-IDENTIFIER>>", "[[ ## next_thought ## ]]"]
+    steps = ({"next_tool_name": "f", "next_tool_args": "{}"}, {"next_tool_name": "finish", "next_tool_args": "{}"})
+    server = LMServer(script(*(chat(next_thought="t", **step) for step in steps), chat(reasoning="r", answer="Paris")))
+    gaps, given = [0.0], cast(Any, Size(100))
+
+    async def call_tool(*_: Any) -> Any:
+        return rows
+
+    async def watch() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.005)
+            gaps.append(time.monotonic() - before)
+
+    async def main() -> Any:
+        definition = {**QA, "program_type": "react", "tools": [{"name": "f"}]}
+        lms = dspy_setup.LMs(Settings({}))
+        program = Program({"lm": {"model": "openai/m", **server.options()}, **definition}, lms, WorkerThreads())
+        watching = asyncio.create_task(watch())
+        outputs = await program.call({"question": "Why?"}, None, None, given, stream=False)
+        watching.cancel()
+        return outputs
+
+    given.call_tool = call_tool
+    try:
+        outputs = asyncio.run(main())
+    finally:
+        server.stop()
+    assert json.loads(encode_value(outputs))["trajectory"]["observation_0"][:-2] == rows[:-2]
+    prompt = server.requests[1]["messages"][1]["content"]
+    assert "[0,1,2,3" in prompt and '"((CUSTOM-TYPE' in prompt and "(( ## next_thought ## ))" in prompt
+    assert max(gaps) < 1, "some 0.1 s on an idle machine"
 
 
 @pytest.mark.parametrize(("count", "large"), [(1, True), (2, True), (9, False)])
