@@ -11,8 +11,8 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm.dspy_setup import LMs
-from dspy_bridge.programs import remote_tools, sandbox, scores
-from dspy_bridge.programs.runners import CodeRunner, Runner, ScoredRunner, ToolCallRunner
+from dspy_bridge.programs import remote_tools, scores
+from dspy_bridge.programs.runners import CodeRunner, Runner, Sandboxes, ScoredRunner, ToolCallRunner
 from dspy_bridge.signatures import validation_errors
 from dspy_bridge.signatures.validation import Contract
 
@@ -129,7 +129,7 @@ def _make(
             if odd := [arg for arg in tool.args if not remote_tools.is_parameter(arg)]:
                 raise InvalidArgs(f"tools: {tool.name}: {odd[0]!r} is no name of a Python argument, which rlm needs")
         try:
-            module = kind(signature, tools=list(tools), interpreter_factory=sandbox.Factory(), **chosen)
+            module = kind(signature, tools=list(tools), interpreter_factory=Sandboxes(), **chosen)
         except (TypeError, ValueError) as error:
             # A tool or a field must not shadow a function of the sandbox.
             raise InvalidArgs(f"signature, tools: {error}") from None

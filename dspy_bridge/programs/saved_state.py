@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.logs import redaction
-from dspy_bridge.signatures import confined_files, media, validation_errors
+from dspy_bridge.signatures import media, validation_errors
 
 # A larger file is not a state.
 MAX_STATE_BYTES = 64 * 1024 * 1024
@@ -58,25 +58,21 @@ def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | 
     state, path = definition.get("state"), definition.get("state_path")
     if state is not None and path is not None:
         raise InvalidArgs("state, state_path: expected one of them")
+    where = "state" if path is None else "state_path"
     if path is not None:
-        state = _read_file(path, state_dir)
+        if state_dir is None:
+            raise NotAllowed("state_path: DSPY_BRIDGE_STATE_DIR names the folder for states; it is not set")
+        try:
+            _, content = media.read_file(state_dir, path, MAX_STATE_BYTES, "DSPY_BRIDGE_STATE_DIR")
+        except ValueError as error:
+            raise validation_errors.describe("state_path", error) from None
+        try:
+            state = jiter.from_json(content)
+        except ValueError:
+            raise InvalidArgs("state_path: expected JSON, as DSPy's save writes it") from None
     if not isinstance(state, dict | None):
-        where = "state" if path is None else "state_path"
         raise InvalidArgs(f"{where}: expected an object, as DSPy's save writes it")
     return state
-
-
-def _read_file(path: object, state_dir: str | None) -> Any:
-    if state_dir is None:
-        raise NotAllowed("state_path: DSPY_BRIDGE_STATE_DIR names the folder for states; it is not set")
-    try:
-        return jiter.from_json(confined_files.read(state_dir, path, MAX_STATE_BYTES)[1])
-    except confined_files.Outside:
-        raise NotAllowed("state_path: leads out of the folder of DSPY_BRIDGE_STATE_DIR") from None
-    except confined_files.Unreadable as error:
-        raise InvalidArgs(f"state_path: {error}") from None
-    except ValueError:
-        raise InvalidArgs("state_path: expected JSON, as DSPy's save writes it") from None
 
 
 def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:

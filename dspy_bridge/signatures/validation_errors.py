@@ -26,7 +26,7 @@ def not_allowed(text: str) -> PydanticCustomError:
 def describe(where: str, error: Exception) -> BridgeError:
     """An error of a validator as one of ours, without the value, which pydantic's text quotes."""
     if not isinstance(error, pydantic.ValidationError):
-        return InvalidArgs(f"{where}: {error}")
+        return (NotAllowed if getattr(error, "type", "") == _NOT_ALLOWED else InvalidArgs)(f"{where}: {error}")
     found = error.errors(include_url=False, include_input=False, include_context=False)
     refused = next((one for one in found if one["type"] == _NOT_ALLOWED), None)
     first = refused or found[0]

@@ -20,7 +20,7 @@ from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.settings import Settings
-from dspy_bridge.signatures import confined_files
+from dspy_bridge.signatures import media
 from dspy_bridge.wire.json_values import encode_value
 
 LARGE = "x" * (large_inputs.LARGE + 1)
@@ -110,13 +110,13 @@ def test_small_ones_are_not() -> None:
 def test_a_file_is_read_elsewhere(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk may answer late, and the file may be large: what follows is elsewhere too."""
     (tmp_path / "a.png").write_bytes(content)
-    readers, read = [], confined_files.read
+    readers, read = [], media.read_file
 
     def noted(*given: Any) -> Any:
         readers.append(threading.current_thread().name)
         return read(*given)
 
-    monkeypatch.setattr(confined_files, "read", noted)
+    monkeypatch.setattr(media, "read_file", noted)
     outputs, threads, _ = call(PHOTO, {"photo": {"path": "a.png"}}, 100, files_dir=str(tmp_path))
     assert outputs == {"answer": "Paris"} and readers[0].startswith("dspy_bridge-reader")
     assert threads["format"].startswith("dspy_bridge-sync")
