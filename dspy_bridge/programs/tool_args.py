@@ -9,7 +9,6 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown, step
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.signatures import json_schema
 from dspy_bridge.signatures.builder import description
 from dspy_bridge.signatures.type_parser import read_type
 
@@ -53,7 +52,7 @@ def _of_parameters(parameters: object, where: str) -> dict[str, Any]:
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise InvalidArgs(f'{where}: expected a JSON Schema such as {{"type": "object", "properties": {{}}}}')
     # As the LM would be shown it: without references, so that each property stands alone.
-    _, schema = _shown(json_schema.to_annotation(parameters, where), where)
+    _, schema = _shown(read_type(parameters, where), where)
     properties, required = schema.get("properties", {}), schema.get("required", ())
     for arg in required:
         properties.setdefault(arg, {})  # one that is required alone may be anything

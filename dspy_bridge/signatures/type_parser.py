@@ -11,7 +11,6 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs, short
-from dspy_bridge.signatures import json_schema
 
 # Python's parser holds the GIL: some 30 ms for 16,000 characters.
 MAX_CHARS = 16_000
@@ -55,6 +54,9 @@ def read_type(value: object, where: str) -> Any:
     if isinstance(value, str):
         return resolve(parse(value.strip(), where, "eval", value).body, where)
     if isinstance(value, dict):
+        # Most programs have none, and it takes 25 ms to import.
+        from dspy_bridge.signatures import json_schema
+
         return json_schema.to_annotation(value, where)
     raise InvalidArgs(f"{where}: expected text such as str, list[int] or Literal['a', 'b'], or a JSON Schema object")
 
