@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections import deque
 from typing import Any
 
 import dspy
 
 from dspy_bridge.dispatch.call import Call
-from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors
 from dspy_bridge.lm.offline import offline_lm
-from dspy_bridge.optimizing import optimizers, student
-from dspy_bridge.optimizing.arguments import Optimize
+from dspy_bridge.optimizing import optimizers
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.run import Run
-from dspy_bridge.optimizing.watch import Watch, tolerant
+from dspy_bridge.optimizing.student import Student, Watch, tolerant
 from dspy_bridge.programs.program import Program
-from dspy_bridge.programs.scores import Metric
 from dspy_bridge.runtime import large_inputs, worker_threads
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 
@@ -30,63 +26,51 @@ _MANY = 1_000_000_000
 _REFUSALS = (ArithmeticError, AssertionError, ImportError, TypeError, ValueError)
 
 
+async def read(args: dict[str, Any]) -> optimizers.Optimize:
+    """The argument `optimize`, which can be run. Raises `InvalidArgs`."""
+    given = await large_inputs.in_thread(lambda: optimizers.read(args["optimize"], len(args["inputs"])))
+    if args.get("expected") is None and given.optimizer == "labeled_few_shot":
+        raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
+    return given
+
+
 async def run(
-    given: Optimize,
-    program: Program,
-    args: dict[str, Any],
-    call: Call,
-    limiter: Limiter,
-    threads: WorkerThreads,
-    *,
-    stream: bool,
+    given: optimizers.Optimize, program: Program, args: dict[str, Any], call: Call, threads: WorkerThreads
 ) -> dict[str, Any]:
     """`{"state", "score", "baseline", "candidates", "stopped", "lm_calls", "metric_calls"}`.
 
     `program`: one that nobody else has; it is changed. Raises `BridgeError`; any other exception is a defect.
     """
-    inputs, expected = args["inputs"], args.get("expected")
-    await large_inputs.in_thread(lambda: optimizers.check(given, len(inputs)))
-    if expected is None and given.optimizer == "labeled_few_shot":
-        raise InvalidArgs("expected: missing; labeled_few_shot makes demos of it")
-    job = _Job(given, program, program.read_metric(args["metric"]), Run(call, limiter, given.budget))
-    await large_inputs.in_thread(lambda: job.read(inputs, expected, stream=stream))
-    return await job.run(args.get("lm"), threads)
+    job = _Job(given, program, args, Run(call, given.budget))
+    await large_inputs.in_thread(job.read)
+    return await job.run(threads)
 
 
 class _Job:
-    def __init__(self, given: Optimize, program: Program, metric: Metric, run: Run) -> None:
-        self._given, self._program, self._metric, self._run = given, program, metric, run
-        self._student = run.student = student.Student(program, metric, run)
+    def __init__(self, given: optimizers.Optimize, program: Program, args: dict[str, Any], run: Run) -> None:
+        self._given, self._program, self._args, self._run = given, program, args, run
+        self._student = run.student = Student(program, program.read_metric(args["metric"]), run)
 
-    def read(self, inputs: list[Any], expected: list[Any] | None, *, stream: bool) -> None:
-        """Raises `InvalidArgs` or `NotAllowed`."""
-        given, program, valset = self._given, self._program, self._given.valset
-        self._trainset = self._read(inputs, expected, "")
-        self._valset = None if valset is None else self._read(valset.inputs, valset.expected, "optimize.valset.")
-        self._module = self._student.module()
-        self._candidates = Candidates(
-            given.optimizer,
-            optimizers.scored_on(given, len(inputs)),
-            program.state(self._module),
-            program.state,
-            self._run,
-            functools.partial(_send, self._run.call) if stream else None,
-        )
-        self._student.on_score = self._candidates.scored
+    def read(self) -> None:
+        """Blocks. Raises `InvalidArgs` or `NotAllowed`."""
+        given, program, student, inputs = self._given, self._program, self._student, self._args["inputs"]
+        self._trainset, self._valset = student.examples(inputs, self._args.get("expected"), ""), None
+        if (valset := given.valset) is not None:
+            self._valset = student.examples(valset.inputs, valset.expected, "optimize.valset.")
+            inputs = [*inputs, *valset.inputs]
+        self._large = large_inputs.are_large(self._run.call.size, inputs)
         self._lms = {role: program.lm(lm, f"optimize.{role}") for role, lm in given.lms.items()}
-        for role, own in self._lms.items():
-            own.role = role  # its copies, which optimizers make, have it too
-        self._large = large_inputs.are_large(self._run.call.size, [*inputs, *(valset.inputs if valset else ())])
+        for role, lm in self._lms.items():
+            lm.role = role  # its copies, which optimizers make, have it too
+        self._module = student.module()
+        whole = optimizers.scored_on(given, len(self._trainset))
+        start = program.state(self._module)
+        self._candidates = Candidates(given.optimizer, whole, start, program.state, self._run, self._send)
 
-    def _read(self, inputs: list[Any], expected: list[Any] | None, where: str) -> list[dspy.Example]:
-        read = self._program.examples(self._metric, inputs, expected, where)
-        self._student.examples.update((id(example), shown) for example, shown in read)
-        return [example for example, _ in read]
-
-    async def run(self, lm: object, threads: WorkerThreads) -> dict[str, Any]:
+    async def run(self, threads: WorkerThreads) -> dict[str, Any]:
         loop, run = asyncio.get_running_loop(), self._run
         large_inputs.here.set(self._large)
-        with self._program.optimizing(lm, run):
+        with self._program.optimizing(self._args.get("lm"), run):
             # In the context: it has the settings.
             work = loop.create_task(threads.run(self._optimize))
         # If the run ends, nobody reads how its thread did.
@@ -117,28 +101,29 @@ class _Job:
 
     def _optimize(self) -> dict[str, Any]:
         """In a worker thread."""
-        run, given = self._run, self._given
+        given, run, candidates = self._given, self._run, self._candidates
         run.begin()
-        callbacks = [*dspy.settings.callbacks, Watch(run, self._candidates, optimizers.own_role(given))]
+        callbacks = [*dspy.settings.callbacks, Watch(run, candidates, optimizers.own_role(given))]
         if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):
             callbacks.append(offline_lm.WatchFormat())
-        settings: dict[str, Any] = {
+        with dspy.context(
             # DSPy's modules append to the trace, even if nobody reads it; without one BestOfN and Refine fail.
-            "trace": deque(maxlen=0),
-            "max_errors": _MANY,
-            "callbacks": callbacks,
-            "adapter": tolerant(dspy.settings.adapter or dspy.ChatAdapter()),
-        }
-        with dspy.context(**settings):
-            made = optimizers.compile(given, self._module, self._trainset, self._valset, self._student, self._lms)
+            trace=deque(maxlen=0),
+            max_errors=_MANY,
+            callbacks=callbacks,
+            adapter=tolerant(dspy.settings.adapter or dspy.ChatAdapter()),
+        ):
+            metric = self._student.metric(given.optimizer, candidates)
+            made = optimizers.compile(given, self._module, self._trainset, self._valset, metric, self._lms)
             run.refuse_failures()
-            return self._candidates.result(made)
+            return candidates.result(made)
 
-
-def _send(call: Call, item: dict[str, Any]) -> None:
-    """An item of the stream; waits until the client can take more."""
-    job = worker_threads.current.get()
-    if job is None or "candidate" not in item:
-        call.stream_item_threadsafe(item)
-    else:
-        job.on_loop(call.stream_item(item))
+    def _send(self, item: dict[str, Any]) -> None:
+        """An item of the stream; a candidate's waits until the client can take more."""
+        call, job = self._run.call, worker_threads.current.get()
+        if not call.request.stream:
+            return
+        if job is None or "candidate" not in item:
+            call.stream_item_threadsafe(item)
+        else:
+            job.on_loop(call.stream_item(item))

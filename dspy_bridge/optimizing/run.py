@@ -14,11 +14,10 @@ from typing import Any
 import dspy
 
 from dspy_bridge.dispatch.call import Call
-from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import lm_call
 from dspy_bridge.logs import library_output
-from dspy_bridge.optimizing.arguments import Budget
+from dspy_bridge.optimizing.optimizers import Budget
 from dspy_bridge.runtime import worker_threads
 
 # So many calls of LMs that fail in a row end the run: DSPy would go on for hours with scores of 0.
@@ -37,7 +36,7 @@ class Run(lm_call.RunContext):
 
     examples_once = True
 
-    def __init__(self, call: Call, limiter: Limiter, budget: Budget) -> None:
+    def __init__(self, call: Call, budget: Budget) -> None:
         """On the event loop."""
         super().__init__(call.ends, call)
         # Of `student`, which finds itself by the run.
@@ -48,7 +47,6 @@ class Run(lm_call.RunContext):
         self.metric_calls = 0
         self.tokens = 0
         self._budget = budget
-        self._limiter = limiter
         self._loop = asyncio.get_running_loop()
         self.ending: Future[str | BaseException] = Future()
         self._lock = threading.Lock()
@@ -143,25 +141,26 @@ class Run(lm_call.RunContext):
     async def slot(self) -> AsyncIterator[None]:
         """A slot of the peer's limiter: the run itself holds none, so that its LM calls and other runs take turns."""
         self.check()
-        # The limiter belongs to the other loop if inputs are large.
         granted: Future[None] = Future()
-        slots: list[asyncio.Future[None]] = []
-
-        def ask() -> None:
-            slots.append(self._limiter.slot())
-            slots[0].add_done_callback(grant)
-
-        def grant(_slot: object) -> None:
-            if granted.set_running_or_notify_cancel():
-                granted.set_result(None)
-
-        self._loop.call_soon_threadsafe(ask)
+        # The limiter belongs to the other loop if inputs are large.
+        held = asyncio.run_coroutine_threadsafe(self._hold(granted), self._loop)
         try:
             await asyncio.wrap_future(granted)
             self.check()
             yield
         finally:
-            self._loop.call_soon_threadsafe(lambda: self._limiter.leave(slots[0]))
+            held.cancel()
+
+    async def _hold(self, granted: Future[None]) -> None:
+        limiter = self.call.limiter
+        slot = limiter.slot()
+        try:
+            await slot
+            if granted.set_running_or_notify_cancel():
+                granted.set_result(None)
+            await self._loop.create_future()  # until it is cancelled
+        finally:
+            limiter.leave(slot)
 
     # In the run's threads.
 

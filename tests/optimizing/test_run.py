@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from dspy_bridge.dispatch.limiter import Limiter
-from dspy_bridge.optimizing.arguments import Budget
+from dspy_bridge.optimizing.optimizers import Budget
 from dspy_bridge.optimizing.run import Run
 
 
 class Call:
     ends = None
+
+    def __init__(self, limiter: Limiter) -> None:
+        self.limiter = limiter
 
 
 @pytest.fixture
@@ -43,8 +46,8 @@ def test_a_slot_that_is_given_up_is_the_next_ones(other: asyncio.AbstractEventLo
     async def scenario() -> None:
         limiter = Limiter(1, 10)
         await limiter.acquire()
-        call: Any = Call()
-        run = Run(call, limiter, Budget())
+        call: Any = Call(limiter)
+        run = Run(call, Budget())
         tasks: list[asyncio.Task[None]] = []
         asked, stopped, go_on = threading.Event(), threading.Event(), threading.Event()
 
