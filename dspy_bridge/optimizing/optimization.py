@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import traceback
 from collections import deque
 from typing import Any
 
@@ -49,7 +51,7 @@ async def run(
 class _Job:
     def __init__(self, given: optimizers.Optimize, program: Program, args: dict[str, Any], run: Run) -> None:
         self._given, self._program, self._args, self._run = given, program, args, run
-        self._student = run.student = Student(program, program.read_metric(args["metric"]), run)
+        self._student = run.student = Student(program, program.metric(args["metric"]), run)
 
     def read(self) -> None:
         """Blocks. Raises `InvalidArgs` or `NotAllowed`."""
@@ -65,7 +67,9 @@ class _Job:
         self._module = student.module()
         whole = optimizers.scored_on(given, len(self._trainset))
         start = program.state(self._module)
-        self._candidates = Candidates(given.optimizer, whole, start, program.state, self._run, self._send)
+        self._candidates = Candidates(
+            given.optimizer, whole, start, program.state, self._run, functools.partial(_send, self._run.call)
+        )
 
     async def run(self, threads: WorkerThreads) -> dict[str, Any]:
         loop, run = asyncio.get_running_loop(), self._run
@@ -114,16 +118,22 @@ class _Job:
             adapter=tolerant(dspy.settings.adapter or dspy.ChatAdapter()),
         ):
             metric = self._student.metric(given.optimizer, candidates)
-            made = optimizers.compile(given, self._module, self._trainset, self._valset, metric, self._lms)
+            try:
+                made = optimizers.compile(given, self._module, self._trainset, self._valset, metric, self._lms)
+            except BaseException as error:
+                # DSPy's frames refer to it. Freed at any time, in any thread, gepa's progress bar would be logged.
+                traceback.clear_frames(error.__traceback__)
+                raise
             run.refuse_failures()
             return candidates.result(made)
 
-    def _send(self, item: dict[str, Any]) -> None:
-        """An item of the stream; a candidate's waits until the client can take more."""
-        call, job = self._run.call, worker_threads.current.get()
-        if not call.request.stream:
-            return
-        if job is None or "candidate" not in item:
-            call.stream_item_threadsafe(item)
-        else:
-            job.on_loop(call.stream_item(item))
+
+def _send(call: Call, item: dict[str, Any]) -> None:
+    """An item of the stream; a candidate's waits until the client can take more."""
+    job = worker_threads.current.get()
+    if not call.request.stream:
+        return
+    if job is None or "candidate" not in item:
+        call.stream_item_threadsafe(item)
+    else:
+        job.on_loop(call.stream_item(item))

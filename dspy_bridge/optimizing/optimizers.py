@@ -16,7 +16,7 @@ from pydantic import Field
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown
 from dspy_bridge.programs.saved_state import MAX_DEMOS
-from dspy_bridge.signatures import validation_errors
+from dspy_bridge.signatures import validation
 
 Optimizer = Literal["labeled_few_shot", "bootstrap_few_shot", "random_search", "copro", "mipro_v2", "simba", "gepa"]
 OPTIMIZERS = get_args(Optimizer)
@@ -140,7 +140,7 @@ def read(value: object, trainset_size: int) -> Optimize:
     try:
         given = Optimize.model_validate({key: of_key for key, of_key in value.items() if of_key is not None})
     except pydantic.ValidationError as error:
-        raise validation_errors.describe("optimize", error) from None
+        raise validation.describe("optimize", error) from None
     name, valset = given.optimizer, given.valset
     if valset is not None and valset.expected is not None and len(valset.expected) != len(valset.inputs):
         counts = f"{len(valset.inputs)} objects, one for each of the inputs, got {len(valset.expected)}"
@@ -153,7 +153,7 @@ def read(value: object, trainset_size: int) -> Optimize:
     for key in ("seed", "valset"):
         if getattr(given, key) is not None and key not in takes:
             raise InvalidArgs(f"optimize.{key}: {name} takes none")
-    given.options = validation_errors.read_options(given.options, OPTIONS[name], "optimize.options")
+    given.options = validation.read_options(given.options, OPTIONS[name], "optimize.options")
     for option in given.options:
         if option not in takes:
             raise InvalidArgs(f"optimize.options.{option}: the installed DSPy has no such option of {name}")

@@ -13,7 +13,7 @@ from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm.dspy_setup import LMs
 from dspy_bridge.programs import remote_tools, scores
 from dspy_bridge.programs.runners import CodeRunner, Runner, Sandboxes, ScoredRunner, ToolCallRunner
-from dspy_bridge.signatures import validation_errors
+from dspy_bridge.signatures import media, validation
 from dspy_bridge.signatures.validation import Contract
 
 # Program type to DSPy's class.
@@ -82,7 +82,7 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
         return Runner(_user_module(program_type, signature, given or {}, tools, lms), takes_config=False)
     # DSPy's own spelling is N and M.
     lower = {name.lower() if len(name) == 1 else name: value for name, value in (given or {}).items()}
-    chosen = validation_errors.read_options(lower, OPTIONS[program_type], "options")
+    chosen = validation.read_options(lower, OPTIONS[program_type], "options")
     if "module" in chosen:
         _check_fields(chosen["module"], signature)
     return _make(program_type, contract, chosen, tools, lms)
@@ -103,7 +103,7 @@ def _make(
     if program_type in ("best_of_n", "refine"):
         if "reward" not in chosen:
             raise InvalidArgs("options.reward: missing")
-        reward = scores.read_reward(chosen.pop("reward"), signature)
+        reward = scores.Reward(chosen.pop("reward"), signature)
         # The reward is not a tool for the LM, even if it is declared as one.
         tools = [tool for tool in tools if tool.name != reward.tool]
         inner, count = chosen.pop("module", "predict"), chosen.pop("n", 3)
@@ -145,7 +145,7 @@ def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:
 
     def check(given: Any) -> Any:
         if not isinstance(given, list) or len(given) != count or not all(map(fits, given)):
-            raise validation_errors.unfit(f"expected a list of {count} objects with reasoning and {answer}")
+            raise media.unfit(f"expected a list of {count} objects with reasoning and {answer}")
         return given
 
     return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(check)])

@@ -63,22 +63,16 @@ class Program:
         """What DSPy's `save` writes; of `module`, if it is given: one that an optimizer has made of the program's."""
         return saved_state.dump(self.runner.module if module is None else module, self._saved_lm)
 
-    def read_metric(self, given: dict[str, Any]) -> scores.Metric:
-        return scores.read_metric(given, self._contract.signature)
-
-    def expected(
-        self, metric: scores.Metric, inputs: list[Any], expected: list[Any] | None, where: str = ""
-    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """As `scores.read_examples`. `where`: of the lists, in errors. In a thread: it may take long."""
-        signature, files_dir = self._contract.signature, self._lms.settings.files_dir
-        return scores.read_examples(metric, inputs, expected, signature, files_dir, f"{where}expected")
+    def metric(self, given: dict[str, Any]) -> scores.Metric:
+        """That of the argument `metric`. Raises `InvalidArgs`."""
+        return scores.Metric(given, self._contract.signature, self._lms.settings.files_dir)
 
     def examples(
         self, metric: scores.Metric, inputs: list[Any], expected: list[Any] | None, where: str
     ) -> list[tuple[dspy.Example, dict[str, Any]]]:
-        """For an optimizer: each with what the metric gets of it. As `expected`."""
+        """For an optimizer: each with what the metric gets of it. `where`: of the lists, in errors."""
         examples = []
-        read = self.expected(metric, inputs, expected, where)
+        read = metric.examples(inputs, expected, f"{where}expected")
         for index, (item, (given, outputs)) in enumerate(zip(inputs, read, strict=True)):
             here = f"{where}inputs[{index}]"
             if not isinstance(item, dict):

@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.logs import redaction
-from dspy_bridge.signatures import media, validation_errors
+from dspy_bridge.signatures import media, validation
 
 # A larger file is not a state.
 MAX_STATE_BYTES = 64 * 1024 * 1024
@@ -65,7 +65,7 @@ def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | 
         try:
             _, content = media.read_file(state_dir, path, MAX_STATE_BYTES, "DSPY_BRIDGE_STATE_DIR")
         except ValueError as error:
-            raise validation_errors.describe("state_path", error) from None
+            raise validation.describe("state_path", error) from None
         try:
             state = jiter.from_json(content)
         except ValueError:
@@ -143,7 +143,7 @@ def read_demos(
     for index, demo in enumerate(demos):
         if not isinstance(demo, dict) or not demo:
             raise InvalidArgs(f"demos[{index}]: expected an object of fields")
-        read.append(validation_errors.read_values(demo, fields, f"demos[{index}]"))
+        read.append(validation.read_values(demo, fields, f"demos[{index}]"))
     for predictor in predictors:
         predictor.demos = [dict(demo) for demo in read]
 
@@ -153,7 +153,7 @@ def _check(saved: object, fields: Mapping[str, Any], where: str) -> None:
     try:
         checked = _SAVED.validate_python(saved, strict=True)
     except pydantic.ValidationError as error:
-        raise validation_errors.describe(where, error) from None
+        raise validation.describe(where, error) from None
     expected = f"expected {len(fields)} fields ({', '.join(fields)})"
     count = len(checked["signature"]["fields"])
     if count != len(fields):

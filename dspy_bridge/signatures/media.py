@@ -19,13 +19,19 @@ import dspy
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from dspy_bridge.signatures.validation_errors import not_allowed, unfit
-
 # Base64 makes it a third longer; providers accept less than this.
 MAX_FILE_BYTES = 64 * 1024 * 1024
 _URL = re.compile(r"https?://[^\s/]\S*", re.IGNORECASE)
 _DATA_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)((?:;[\w.+-]+=[\w.+-]+)*);base64", re.ASCII | re.IGNORECASE)
 _MIME = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
+
+NOT_ALLOWED = "not_allowed"
+
+
+def unfit(text: str, kind: str = "unfit") -> PydanticCustomError:
+    """For a validator to raise: the value does not fit the type, or, as `NOT_ALLOWED`, the settings of this peer."""
+    return PydanticCustomError(kind, "{text}", {"text": text})
+
 
 # Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, naming it and the field.
 Turn = Callable[[dict[str, Any], str], dict[str, Any]]
@@ -170,11 +176,12 @@ def _base64(data: object) -> str:
 
 def _from_disk(path: object, files_dir: str | None) -> tuple[str, bytes]:
     if files_dir is None:
-        raise not_allowed("path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them")
+        refused = "path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"
+        raise unfit(refused, NOT_ALLOWED)
     try:
         return read_file(files_dir, path, MAX_FILE_BYTES, "DSPY_BRIDGE_FILES_DIR")
     except PydanticCustomError as error:
-        raise PydanticCustomError(error.type, "{text}", {"text": f"path: {error}"}) from None
+        raise unfit(f"path: {error}", error.type) from None
 
 
 # Do not wait for pipes or devices, do not follow links, and do not let child processes inherit the descriptor.
@@ -184,7 +191,7 @@ _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 def read_file(folder: str, path: object, most: int, setting: str) -> tuple[str, bytes]:
     """The real path and the content of a file inside a folder, even if links change meanwhile.
 
-    Raises `unfit` or `not_allowed`. `setting`: that of the folder.
+    Raises `unfit`. `setting`: that of the folder.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise unfit("expected the name of a file")
@@ -193,7 +200,7 @@ def read_file(folder: str, path: object, most: int, setting: str) -> tuple[str, 
         # Links and `..` are resolved first; then each folder on the way is opened without following links.
         real = os.path.realpath(os.path.join(root, path))
         if os.path.commonpath((root, real)) != root:
-            raise not_allowed(f"leads out of the folder of {setting}")
+            raise unfit(f"leads out of the folder of {setting}", NOT_ALLOWED)
         descriptor = os.open(root, _FLAGS)
         try:
             for name in Path(real).relative_to(root).parts:

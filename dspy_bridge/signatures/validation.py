@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import dspy
 import pydantic
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed, OutputInvalid, step
-from dspy_bridge.signatures import media, validation_errors
+from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed, OutputInvalid, refuse_unknown, step
+from dspy_bridge.signatures import media
 
 # Outputs that DSPy's modules add to a signature's: a history may contain whole answers.
 _OF_MODULES = frozenset(("reasoning", "rationale", "trajectory", "final_reasoning", "tool_calls"))
@@ -67,7 +68,7 @@ class Contract:
             try:
                 values[name] = value if validator is None else validator.validate_python(value)
             except (TypeError, ValueError) as error:
-                wrong.append(validation_errors.describe(f"inputs.{name}", error))
+                wrong.append(describe(f"inputs.{name}", error))
             except BridgeError as error:  # of a turn of a history
                 wrong.append(type(error)(f"inputs.{name}: {error}"))
         if wrong:
@@ -85,7 +86,7 @@ class Contract:
             try:
                 outputs[name] = constraint.validate_python(outputs.get(name))
             except pydantic.ValidationError as error:
-                text = f"the LM's answer did not fit the signature: {validation_errors.describe(name, error)}"
+                text = f"the LM's answer did not fit the signature: {describe(name, error)}"
                 raise OutputInvalid(text, name) from None
 
     @functools.cached_property
@@ -99,7 +100,7 @@ class Contract:
         others = {name: value for name, value in turn.items() if name not in of_modules}
         if not others:
             raise InvalidArgs(f"{where}: expected at least one of {', '.join(self._of_turns)}")
-        return {**of_modules, **validation_errors.read_values(others, self._of_turns, where)}
+        return {**of_modules, **read_values(others, self._of_turns, where)}
 
 
 def _is_text_or_null(annotation: Any) -> bool:
@@ -110,9 +111,9 @@ def _is_text_or_null(annotation: Any) -> bool:
 
 def _writable(value: Any) -> Any:
     if value is None:
-        raise validation_errors.unfit("expected text")
+        raise media.unfit("expected text")
     if isinstance(value, list) and any(isinstance(item, _NOT_IN_LISTS) for item in value):
-        raise validation_errors.unfit(
+        raise media.unfit(
             "expected text; a list with numbers, booleans or null (an Erlang charlist is one) needs a type "
             "such as list[int]"
         )
@@ -139,3 +140,36 @@ def _takes_none(validator: pydantic.TypeAdapter[Any]) -> bool:
     except pydantic.ValidationError:
         return False
     return True
+
+
+def describe(where: str, error: Exception) -> BridgeError:
+    """An error of a validator as one of ours, without the value, which pydantic's text quotes."""
+    if not isinstance(error, pydantic.ValidationError):
+        return (NotAllowed if getattr(error, "type", "") == media.NOT_ALLOWED else InvalidArgs)(f"{where}: {error}")
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    refused = next((one for one in found if one["type"] == media.NOT_ALLOWED), None)
+    first = refused or found[0]
+    # Not pydantic's name for a member of a union.
+    place = "".join(step(part) for part in first["loc"] if not str(part).startswith("function-"))
+    text = f"{where}{place}: {first['msg']}"
+    return InvalidArgs(text) if refused is None else NotAllowed(text)
+
+
+def read_values(
+    given: dict[str, Any], types: Mapping[str, pydantic.TypeAdapter[Any] | None], where: str, strict: bool | None = None
+) -> dict[str, Any]:
+    """The values, each as its type has it; None: any value is valid. Raises `InvalidArgs` or `NotAllowed`."""
+    refuse_unknown(given, types, where)
+    read = {}
+    for name, value in given.items():
+        validator = types[name]
+        try:
+            read[name] = value if validator is None else validator.validate_python(value, strict=strict)
+        except (TypeError, ValueError) as error:
+            raise describe(f"{where}.{name}", error) from None
+    return read
+
+
+def read_options(given: dict[str, Any], types: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of options, without conversions. Raises `InvalidArgs`, naming the option."""
+    return read_values(given, {name: pydantic.TypeAdapter(kind) for name, kind in types.items()}, where, strict=True)
