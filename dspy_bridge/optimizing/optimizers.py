@@ -20,8 +20,8 @@ from dspy_bridge.signatures import validation
 
 Optimizer = Literal["labeled_few_shot", "bootstrap_few_shot", "random_search", "copro", "mipro_v2", "simba", "gepa"]
 OPTIMIZERS = get_args(Optimizer)
-# The LMs that an optimizer asks for itself, next to that of the program.
-LM_ROLES = ("prompt_lm", "teacher_lm", "reflection_lm")
+# The LMs that an optimizer asks for itself, next to that of the program, and the keywords by which DSPy takes them.
+LM_ROLES = {"prompt_lm": "prompt_model", "teacher_lm": "teacher_settings", "reflection_lm": "reflection_lm"}
 # numpy's generators take no more.
 MAX_SEED = 2**32 - 1
 
@@ -75,8 +75,6 @@ _CLASSES: dict[str, Any] = {
     "simba": dspy.SIMBA,
     "gepa": dspy.GEPA,
 }
-# The keyword by which DSPy's constructors take the LM of a role.
-_KEYWORDS = {"prompt_lm": "prompt_model", "teacher_lm": "teacher_settings", "reflection_lm": "reflection_lm"}
 _NEEDS = {"mipro_v2": "optuna", "simba": "numpy", "gepa": "gepa"}
 _SCORED_ON = {"random_search": "valset", "copro": "trainset", "simba": "trainset", "gepa": "valset"}
 
@@ -84,43 +82,28 @@ _SCORED_ON = {"random_search": "valset", "copro": "trainset", "simba": "trainset
 _COUNT = Annotated[int, Field(ge=0, le=1_000_000)]
 _DEMOS = Annotated[int, Field(ge=0, le=MAX_DEMOS)]
 _NUMBER = Annotated[float, Field(allow_inf_nan=False)]
-_AUTO = Literal["light", "medium", "heavy"]
-_BOOTSTRAP = {
-    "max_bootstrapped_demos": _DEMOS,
-    "max_labeled_demos": _DEMOS,
-    "max_rounds": _COUNT,
-    "metric_threshold": _NUMBER,
+# Of each optimizer those that its class or its `compile` has as parameters. Not among them: what is a Python object,
+# writes files, or belongs to the run (metric, LMs, threads, seed, statistics).
+_OPTIONS: dict[str, Any] = {
+    "auto": Literal["light", "medium", "heavy"] | None,
+    **dict.fromkeys(("k", "max_bootstrapped_demos", "max_demos", "max_labeled_demos"), _DEMOS),
+    **dict.fromkeys(("breadth", "bsize", "demo_input_field_maxlen", "depth", "max_full_evals"), _COUNT),
+    **dict.fromkeys(("max_merge_invocations", "max_metric_calls", "max_rounds", "max_steps"), _COUNT),
+    **dict.fromkeys(("minibatch_full_eval_steps", "minibatch_size", "num_candidate_programs"), _COUNT),
+    **dict.fromkeys(("num_candidates", "num_trials", "reflection_minibatch_size", "view_data_batch_size"), _COUNT),
+    **dict.fromkeys(("failure_score", "init_temperature", "metric_threshold", "perfect_score"), _NUMBER),
+    **dict.fromkeys(("stop_at_score", "temperature_for_candidates", "temperature_for_sampling"), _NUMBER),
+    **dict.fromkeys(("add_format_failure_as_feedback", "labeled_sample", "minibatch", "sample"), bool),
+    **dict.fromkeys(("skip_perfect_score", "use_merge"), bool),
+    **{f"{kind}_aware_proposer": bool for kind in ("program", "data", "tip", "fewshot")},
+    "candidate_selection_strategy": Literal["pareto", "current_best"],
+    "component_selector": Literal["round_robin", "all"],
 }
-# Not among them: what is a Python object, writes files, or belongs to the run (metric, LMs, threads, seed, statistics).
-OPTIONS: dict[str, dict[str, Any]] = {
-    "labeled_few_shot": {"k": _DEMOS, "sample": bool},
-    "bootstrap_few_shot": _BOOTSTRAP,
-    "random_search": {**_BOOTSTRAP, "num_candidate_programs": _COUNT, "stop_at_score": _NUMBER, "labeled_sample": bool},
-    "copro": {"breadth": _COUNT, "depth": _COUNT, "init_temperature": _NUMBER},
-    "mipro_v2": {
-        "auto": _AUTO | None,
-        **dict.fromkeys(("max_bootstrapped_demos", "max_labeled_demos"), _DEMOS),
-        **dict.fromkeys(("metric_threshold", "init_temperature"), _NUMBER),
-        **dict.fromkeys(("num_candidates", "num_trials", "minibatch_size", "view_data_batch_size"), _COUNT),
-        "minibatch_full_eval_steps": _COUNT,
-        "minibatch": bool,
-        **{f"{kind}_aware_proposer": bool for kind in ("program", "data", "tip", "fewshot")},
-    },
-    "simba": {
-        **dict.fromkeys(("bsize", "num_candidates", "max_steps", "demo_input_field_maxlen"), _COUNT),
-        "max_demos": _DEMOS,
-        **dict.fromkeys(("temperature_for_sampling", "temperature_for_candidates"), _NUMBER),
-    },
-    "gepa": {
-        "auto": _AUTO,
-        **dict.fromkeys(("max_full_evals", "max_metric_calls", "reflection_minibatch_size"), _COUNT),
-        "candidate_selection_strategy": Literal["pareto", "current_best"],
-        "component_selector": Literal["round_robin", "all"],
-        **dict.fromkeys(("skip_perfect_score", "add_format_failure_as_feedback", "use_merge"), bool),
-        "max_merge_invocations": _COUNT,
-        **dict.fromkeys(("failure_score", "perfect_score"), _NUMBER),
-    },
-}
+
+
+def options(name: str) -> dict[str, Any]:
+    """The types of an optimizer's options."""
+    return {option: _OPTIONS[option] for option in _takes(name) if option in _OPTIONS}
 
 
 def read(value: object, trainset_size: int) -> Optimize:
@@ -148,15 +131,12 @@ def read(value: object, trainset_size: int) -> Optimize:
     _check_package(name)
     takes = _takes(name)
     for role in given.lms:
-        if _KEYWORDS[role] not in takes:
+        if LM_ROLES[role] not in takes:
             raise InvalidArgs(f"optimize.{role}: {name} has no use for it")
     for key in ("seed", "valset"):
         if getattr(given, key) is not None and key not in takes:
             raise InvalidArgs(f"optimize.{key}: {name} takes none")
-    given.options = validation.read_options(given.options, OPTIONS[name], "optimize.options")
-    for option in given.options:
-        if option not in takes:
-            raise InvalidArgs(f"optimize.options.{option}: the installed DSPy has no such option of {name}")
+    given.options = validation.read_options(given.options, options(name), "optimize.options")
     if trainset_size == 0:
         raise InvalidArgs("inputs: expected at least one example to optimize with")
     return given
@@ -206,7 +186,7 @@ def compile(
         "eval_kwargs": {"num_threads": given.num_threads},
         "track_stats": False,
         "metric": metric,
-        **{_KEYWORDS[role]: {"lm": lm} if role == "teacher_lm" else lm for role, lm in lms.items()},
+        **{LM_ROLES[role]: {"lm": lm} if role == "teacher_lm" else lm for role, lm in lms.items()},
     }
     if "stop_at_score" in every:
         # DSPy compares it with a mean that it has rounded so, in percent.
@@ -231,4 +211,4 @@ def scored_on(given: Optimize, trainset_size: int) -> int | None:
 
 def own_role(given: Optimize) -> str:
     """The role of an LM that was not given, and that the optimizer's own code asks; empty if there is none."""
-    return "prompt_lm" if _KEYWORDS["prompt_lm"] in _takes(given.optimizer) else ""
+    return "prompt_lm" if LM_ROLES["prompt_lm"] in _takes(given.optimizer) else ""

@@ -140,11 +140,12 @@ def _make(
 def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:
     """The validator of what a MultiChainComparison compares."""
 
-    def fits(one: object) -> bool:
-        return isinstance(one, dict) and answer in one and isinstance(one.get("rationale", one.get("reasoning")), str)
-
     def check(given: Any) -> Any:
-        if not isinstance(given, list) or len(given) != count or not all(map(fits, given)):
+        fit = isinstance(given, list) and len(given) == count
+        for one in given if fit else ():
+            fit = fit and isinstance(one, dict) and answer in one
+            fit = fit and isinstance(one.get("rationale", one.get("reasoning")), str)
+        if not fit:
             raise media.unfit(f"expected a list of {count} objects with reasoning and {answer}")
         return given
 

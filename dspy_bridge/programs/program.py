@@ -88,9 +88,15 @@ class Program:
 
     def outputs(self, prediction: Any) -> dict[str, Any]:
         """The output fields of what the module returned. Raises `OutputInvalid`."""
-        return self._fitting(self._outputs(prediction))
-
-    def _fitting(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        fields = list(self._contract.signature.output_fields)
+        if isinstance(prediction, (dspy.Prediction, dict)):
+            outputs = dict(prediction.items())
+        elif len(fields) == 1:
+            outputs = {fields[0]: prediction}
+        else:
+            kind = type(prediction).__name__
+            text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
+            raise OutputInvalid(text, by_lm=False)
         # An LM that calls tools natively writes no other output.
         if not outputs.get("tool_calls"):
             self._contract.check_outputs(outputs)
@@ -144,10 +150,9 @@ class Program:
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         try:
             with self._lms.context(own_lm, runner.adapter(self._adapter), run):
-                outputs = await self._run(values, run, stream, attempts)
+                return await self._run(values, run, stream, attempts)
         except Exception as error:
             raise dspy_errors.translate(error, given) from error
-        return self._fitting(outputs)
 
     def _attempts(self, most: int, call: Call, streaming: Stream | None) -> corrections.Attempts:
         """How a run asks again for answers that do not fit."""
@@ -155,7 +160,7 @@ class Program:
         def fits(signature: Any, fields: dict[str, Any]) -> None:
             # A module of the user's may have a predictor with outputs of the same names, which mean something else.
             if self.of_dspy and self._contract.signature.output_fields.keys() <= signature.output_fields.keys():
-                self._fitting(dict(fields))
+                self.outputs(fields)
 
         def say(error: OutputInvalid) -> None:
             if streaming is not None:
@@ -208,20 +213,10 @@ class Program:
                 stack.enter_context(dspy.context(**streaming.settings()))
             if attempts > 1:
                 run.attempts = self._attempts(attempts, run.call, streaming)
-            outputs = self._outputs(await self.runner.run(values, self._threads))
+            outputs = self.outputs(await self.runner.run(values, self._threads))
             if streaming is not None:
                 await streaming.finish(outputs)
             return outputs
-
-    def _outputs(self, prediction: Any) -> dict[str, Any]:
-        if isinstance(prediction, (dspy.Prediction, dict)):
-            return dict(prediction.items())
-        fields = list(self._contract.signature.output_fields)
-        if len(fields) == 1:
-            return {fields[0]: prediction}
-        kind = type(prediction).__name__
-        text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
-        raise OutputInvalid(text, by_lm=False)
 
 
 def _without_types(value: Any) -> Any:

@@ -84,13 +84,8 @@ def _contract(
                 schema = json.dumps(pydantic.TypeAdapter(field.annotation).json_schema(), ensure_ascii=False)
                 info.json_schema_extra["constraints"] = f"must adhere to the JSON schema: {schema}"
             fields[field.name] = (field.annotation, info)
-    return Contract(
-        dspy.Signature(fields, instructions or None, name),
-        {field.name: field.annotation for field in inputs},
-        {field.name: field.annotation for field in outputs},
-        {field.name: field.default for field in inputs if field.default is not ...},
-        files_dir,
-    )
+    defaults = {field.name: field.default for field in inputs if field.default is not ...}
+    return Contract(dspy.Signature(fields, instructions or None, name), defaults, files_dir)
 
 
 def _read_fields(fields: object, where: str) -> list[_Field]:

@@ -6,6 +6,7 @@ Nothing is downloaded: a URL goes to the LM's provider as it is. Files are read 
 from __future__ import annotations
 
 import base64
+import functools
 import mimetypes
 import os
 import re
@@ -33,10 +34,6 @@ def unfit(text: str, kind: str = "unfit") -> PydanticCustomError:
     return PydanticCustomError(kind, "{text}", {"text": text})
 
 
-# Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, naming it and the field.
-Turn = Callable[[dict[str, Any], str], dict[str, Any]]
-
-
 class _Image(dspy.Image):  # type: ignore[misc]  # DSPy ships no types
     """DSPy's own `format` caches the last 32 images, of any size."""
 
@@ -56,13 +53,16 @@ class _FirstError:
 _FIRST_ERROR = _FirstError()
 
 
+# Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, naming it and the field.
+Turn = Callable[[dict[str, Any], str], dict[str, Any]]
+
+
 def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) -> Any:
     """The annotation with converters. `files_dir`: the folder for paths. `turn`: checks the turns of a history."""
-    if annotation is dspy.History:
-        return Annotated[annotation, pydantic.BeforeValidator(lambda value: _history(value, turn))]
-    read = _READERS.get(annotation) if isinstance(annotation, type) else None
+    read: Any = _READERS.get(annotation) if isinstance(annotation, type) else None
     if read is not None:
-        return Annotated[annotation, pydantic.BeforeValidator(lambda value: read(value, files_dir))]
+        of_it = turn if annotation is dspy.History else files_dir
+        return Annotated[annotation, pydantic.BeforeValidator(functools.partial(read, of_it))]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin not in (list, dict, tuple, set, frozenset, Union, types.UnionType):
         return annotation
@@ -73,12 +73,11 @@ def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) 
 
 
 def validators(fields: Mapping[str, Any], files_dir: str | None) -> dict[str, pydantic.TypeAdapter[Any]]:
-    return {
-        name: pydantic.TypeAdapter(accepting(field.rebuild_annotation(), files_dir)) for name, field in fields.items()
-    }
+    kinds = {name: accepting(field.rebuild_annotation(), files_dir) for name, field in fields.items()}
+    return {name: pydantic.TypeAdapter(kind) for name, kind in kinds.items()}
 
 
-def _image(value: Any, files_dir: str | None) -> Any:
+def _image(files_dir: str | None, value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"url"}:
         value = value["url"]
     if isinstance(value, str) and _URL.fullmatch(value):
@@ -87,13 +86,13 @@ def _image(value: Any, files_dir: str | None) -> Any:
     return _Image(url=f"data:{mime};base64,{data}")
 
 
-def _audio(value: Any, files_dir: str | None) -> Any:
+def _audio(files_dir: str | None, value: Any) -> Any:
     mime, data, _ = _content(value, files_dir, "audio", "a data: URL")
     kind = mime.removeprefix("audio/").removeprefix("x-")
     return dspy.Audio(data=data, audio_format={"mpeg": "mp3", "wave": "wav"}.get(kind, kind))
 
 
-def _file(value: Any, files_dir: str | None) -> Any:
+def _file(files_dir: str | None, value: Any) -> Any:
     if isinstance(value, dict) and "file_id" in value:
         if set(value) - {"file_id", "filename"} or not all(isinstance(text, str) for text in value.values()):
             raise unfit("expected file_id, which may have a filename, both text")
@@ -102,7 +101,7 @@ def _file(value: Any, files_dir: str | None) -> Any:
     return dspy.File(file_data=f"data:{mime};base64,{data}", filename=filename)
 
 
-def _history(value: Any, turn: Turn | None) -> Any:
+def _history(turn: Turn | None, value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"messages"}:
         value = value["messages"]
     if not isinstance(value, list):
@@ -115,11 +114,7 @@ def _history(value: Any, turn: Turn | None) -> Any:
     return dspy.History(messages=turns)
 
 
-_READERS: dict[type, Callable[[Any, str | None], Any]] = {
-    dspy.Image: _image,
-    dspy.Audio: _audio,
-    dspy.File: _file,
-}
+_READERS = {dspy.Image: _image, dspy.Audio: _audio, dspy.File: _file, dspy.History: _history}
 
 
 def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[str, str, str | None]:

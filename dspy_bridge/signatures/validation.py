@@ -28,20 +28,14 @@ class Contract:
     `inputs`: name to a validator, None if any value is valid; `outputs`: the same, for constrained ones only.
     """
 
-    def __init__(
-        self,
-        signature: type[dspy.Signature],
-        inputs: dict[str, Any],
-        outputs: dict[str, Any],
-        defaults: dict[str, Any],
-        files_dir: str | None,
-    ) -> None:
-        """`inputs` and `outputs`: annotations. `defaults`: those of optional inputs."""
+    def __init__(self, signature: type[dspy.Signature], defaults: dict[str, Any], files_dir: str | None) -> None:
+        """`defaults`: those of optional inputs."""
         self.signature = signature
-        self._kinds = {**inputs, **outputs}
+        self._kinds = {name: field.rebuild_annotation() for name, field in signature.fields.items()}
         self._files_dir = files_dir
         self._defaults = defaults
-        self.inputs = {name: _validator_of(kind, files_dir, self._turn) for name, kind in inputs.items()}
+        self.inputs = {name: _validator_of(self._kinds[name], files_dir, self._turn) for name in signature.input_fields}
+        outputs = {name: self._kinds[name] for name in signature.output_fields}
         # DSPy checks an answer without the constraints of Annotated.
         constrained = {name: kind for name, kind in outputs.items() if get_origin(kind) is Annotated}
         self.outputs = {name: pydantic.TypeAdapter(kind) for name, kind in constrained.items()}
@@ -56,21 +50,23 @@ class Contract:
         wrong: list[BridgeError] = [InvalidArgs(f"inputs{step(name)}: unknown field") for name in unknown[:_NAMED]]
         if len(unknown) > _NAMED:
             wrong.append(InvalidArgs(f"inputs: {len(unknown) - _NAMED} more unknown fields"))
-        values = {}
-        misnamed = bool(unknown)
+        values, misnamed = {}, bool(unknown)
         for name, validator in self.inputs.items():
-            if name not in inputs and name not in self._defaults:
-                if validator is None or not _takes_none(validator):
-                    misnamed = True
-                    wrong.append(InvalidArgs(f"inputs.{name}: missing"))
-                continue
-            value = inputs[name] if name in inputs else copy.deepcopy(self._defaults[name])
+            missing = name not in inputs and name not in self._defaults
+            value = inputs[name] if name in inputs else copy.deepcopy(self._defaults.get(name))
             try:
-                values[name] = value if validator is None else validator.validate_python(value)
+                if validator is not None:
+                    value = validator.validate_python(value)
+                elif missing:
+                    raise ValueError
             except (TypeError, ValueError) as error:
-                wrong.append(describe(f"inputs.{name}", error))
+                misnamed = misnamed or missing
+                wrong.append(InvalidArgs(f"inputs.{name}: missing") if missing else describe(f"inputs.{name}", error))
             except BridgeError as error:  # of a turn of a history
                 wrong.append(type(error)(f"inputs.{name}: {error}"))
+            else:
+                if not missing:
+                    values[name] = value
         if wrong:
             expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if misnamed else ""
             kind = NotAllowed if any(isinstance(error, NotAllowed) for error in wrong) else InvalidArgs
@@ -132,14 +128,6 @@ def _validator_of(
     if annotation is str:
         return _TEXT
     return None if annotation is Any else pydantic.TypeAdapter(media.accepting(annotation, files_dir, turn))
-
-
-def _takes_none(validator: pydantic.TypeAdapter[Any]) -> bool:
-    try:
-        validator.validate_python(None)
-    except pydantic.ValidationError:
-        return False
-    return True
 
 
 def describe(where: str, error: Exception) -> BridgeError:

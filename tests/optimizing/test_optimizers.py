@@ -93,16 +93,16 @@ def test_what_is_wrong_is_named(value: object, text: str) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_dspys_own_defaults_are_values_of_the_options(optimizer: str) -> None:
-    """So the types of the options are those that DSPy means. `auto` of GEPA has none that it runs with."""
+    """So the types of the options are those that DSPy means."""
     cls = optimizers._CLASSES[optimizer]
     parameters = {**inspect.signature(cls.compile).parameters, **inspect.signature(cls).parameters}
-    defaults = {name: parameters[name].default for name in optimizers.OPTIONS[optimizer]}
+    defaults = {name: parameters[name].default for name in optimizers.options(optimizer)}
     optimizers.read(given(optimizer, {name: value for name, value in defaults.items() if value is not None}), 40)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_option_of_another_type_is_refused_by_name(optimizer: str) -> None:
-    for name in optimizers.OPTIONS[optimizer]:
+    for name in optimizers.options(optimizer):
         for wrong in ([], {}, float("nan"), 10**400):
             assert refusal(given(optimizer, {name: wrong})).startswith(f"optimize.options.{name}: Input should be ")
 
