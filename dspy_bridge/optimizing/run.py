@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import dspy
@@ -31,7 +31,8 @@ class Ended(BaseException):
 class Run(lm_call.RunContext):
     """Carried in DSPy's settings, which DSPy's threads have; they have no other context.
 
-    `ending`: done with the name of the spent budget, or with the error, if the run ends before its optimizer does.
+    `ending`: done with the name of the spent budget, or with the error, if the run ends before its optimizer does;
+    cancelled once it is over.
     """
 
     examples_once = True
@@ -50,7 +51,6 @@ class Run(lm_call.RunContext):
         self._loop = asyncio.get_running_loop()
         self.ending: Future[str | BaseException] = Future()
         self._lock = threading.Lock()
-        self._over = False
         # By the role of an LM, which is empty for that of the program: consecutive failures, and the last one.
         self._failures: Counter[str] = Counter()
         self._last_failure: dict[str, Exception] = {}
@@ -62,29 +62,24 @@ class Run(lm_call.RunContext):
 
     def end(self, why: str | BaseException) -> None:
         """End the run: with an error, or because the budget of that name is spent. The first reason counts."""
-        with self._lock:
-            if self._over:
-                return
-            self._over = True
-        self.ending.set_result(why)
+        with contextlib.suppress(InvalidStateError):
+            self.ending.set_result(why)
 
     def close(self) -> None:
         """Whatever the run's code still does ends at its next step."""
-        with self._lock:
-            self._over = True
+        self.ending.cancel()
         # It has this run and its LMs: as a cycle they would stay, with their connections, until garbage is collected.
         self._context = None
 
     def check(self) -> None:
         """Raises `Ended` once the run is over."""
-        if self._over:
+        if self.ending.done():
             raise Ended
 
     def request(self) -> None:
         """Count a request to an LM. Raises `Ended` if the budget has none left."""
+        self.check()
         with self._lock:
-            if self._over:
-                raise Ended
             spent = self._budget.lm_calls is not None and self.lm_calls >= self._budget.lm_calls
             self.lm_calls += not spent
         if spent:
@@ -137,7 +132,7 @@ class Run(lm_call.RunContext):
 
     # On an event loop.
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """A slot of the peer's limiter: the run itself holds none, so that its LM calls and other runs take turns."""
         self.check()
@@ -170,7 +165,7 @@ class Run(lm_call.RunContext):
         self._context = contextvars.copy_context()
         self.job = worker_threads.current.get()
 
-    @contextmanager
+    @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Give a thread of DSPy's the context variables of the run. Raises `Ended` once the run is over."""
         self.check()

@@ -78,16 +78,19 @@ def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | 
 def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     """Load a state into a module; returns the settings of its saved LM, if any. Raises `InvalidArgs`."""
     wanted = dict(module.named_parameters())
+    flat = isinstance(module, dspy.Predict)
     state = {name: value for name, value in state.items() if name != "metadata"}
-    flat = _is_flat(module)
     if state.keys().isdisjoint(_Saved.__annotations__) if flat else state.keys() != wanted.keys():
         expected = ", ".join(_Saved.__annotations__ if flat else wanted) or "nothing"
         raise InvalidArgs(f"state: of another program: expected {expected}, got {', '.join(state) or 'nothing'}")
-    given = _by_predictor(module, state)
+    given = {"self": state} if flat else state
     for name, parameter in wanted.items():
         _check(given[name], parameter.signature.fields, "state" if flat else f"state.{name}")
-    found = [saved["lm"] for saved in given.values() if saved.get("lm") is not None]
-    lms = [{name: value for name, value in lm.items() if name in _LM_SETTINGS} for lm in found]
+    lms = [
+        {name: value for name, value in saved["lm"].items() if name in _LM_SETTINGS}
+        for saved in given.values()
+        if saved.get("lm") is not None
+    ]
     if any(lm != lms[0] for lm in lms) or len(lms) not in (0, len(given)):
         raise InvalidArgs("state: its predictors have different LMs; expected one, or none")
     # A predictor's own LM would win over that of a call.
@@ -104,23 +107,18 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
 
 def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
     """What DSPy's `save` writes, without secrets; `lm`: the result of `load`."""
-    state = {
-        # DSPy only leaves out `api_key`.
-        name: {**saved, "lm": lm or redaction.without_secrets(saved.get("lm"))}
-        for name, saved in _by_predictor(module, module.dump_state()).items()
-    }
+
+    def clean(saved: dict[str, Any]) -> dict[str, Any]:
+        return {**saved, "lm": lm or redaction.without_secrets(saved.get("lm"))}  # DSPy only leaves out `api_key`
+
+    state = module.dump_state()
+    # DSPy writes a single Predict without its name.
+    state = clean(state) if isinstance(module, dspy.Predict) else {name: clean(saved) for name, saved in state.items()}
     python = ".".join(platform.python_version_tuple()[:2])
-    metadata = {"dependency_versions": {"python": python, "dspy": dspy.__version__, "cloudpickle": _CLOUDPICKLE}}
-    return {**(state["self"] if _is_flat(module) else state), "metadata": metadata}
-
-
-def _is_flat(module: dspy.Module) -> bool:
-    """Whether the state has no names of predictors: DSPy writes a single Predict so."""
-    return isinstance(module, dspy.Predict)
-
-
-def _by_predictor(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any]:
-    return {"self": state} if _is_flat(module) else state
+    return {
+        **state,
+        "metadata": {"dependency_versions": {"python": python, "dspy": dspy.__version__, "cloudpickle": _CLOUDPICKLE}},
+    }
 
 
 def read_demos(
