@@ -26,13 +26,7 @@ LM_ROLES = {"prompt_lm": "prompt_model", "teacher_lm": "teacher_settings", "refl
 MAX_SEED = 2**32 - 1
 
 
-class _Strict(pydantic.BaseModel):
-    """Nothing is converted."""
-
-    model_config = pydantic.ConfigDict(strict=True)
-
-
-class Budget(_Strict):
+class Budget(pydantic.BaseModel, strict=True):
     """The limits of a run; None: none."""
 
     lm_calls: int | None = Field(default=None, ge=1)
@@ -40,14 +34,14 @@ class Budget(_Strict):
     seconds: float | None = Field(default=None, gt=0, le=10**9)
 
 
-class Valset(_Strict):
+class Valset(pydantic.BaseModel, strict=True):
     """What candidates are scored on. `expected`: one object for each of the inputs."""
 
     inputs: list[Any] = Field(min_length=1)
     expected: list[Any] | None = None
 
 
-class Optimize(_Strict):
+class Optimize(pydantic.BaseModel, strict=True):
     """What is to be run. The LMs are not checked yet."""
 
     optimizer: Optimizer

@@ -1,7 +1,4 @@
-"""What DSPy's optimizers are given: the program and the metric, for threads of their own, callbacks, and an adapter.
-
-Imports DSPy.
-"""
+"""What DSPy's optimizers are given: the program and its metric, in threads, callbacks, an adapter. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -13,16 +10,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_bridge.errors import (
-    BridgeError,
-    InvalidArgs,
-    LMFailed,
-    OutputInvalid,
-    Overloaded,
-    TimedOut,
-    ToolFailed,
-    hits_all,
-)
+from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid, Overloaded, hits_all
 from dspy_bridge.lm import dspy_errors, dspy_internals
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.metering import endings
@@ -34,7 +22,7 @@ from dspy_bridge.programs.scores import Metric
 from dspy_bridge.runtime import worker_threads
 
 # A run of the program that fails so counts with the score 0, as in an evaluation. Others end the optimization.
-_COUNTED = (LMFailed, OutputInvalid, TimedOut, ToolFailed)
+_COUNTED = ("lm_error", "output_invalid", "timeout", "tool_error")
 
 # Whether a run of the program is under way in this context, and not the optimizer's own code.
 _running: ContextVar[bool] = ContextVar("running", default=False)
@@ -134,7 +122,7 @@ class Student:
         known = dspy_errors.translate(error, [])
         if hits_all(known):
             return known
-        if isinstance(known, _COUNTED):
+        if isinstance(known, BridgeError) and known.error_type in _COUNTED:
             return None
         # The code of a user's module may raise anything for an answer that it cannot use.
         if not self.program.of_dspy and not isinstance(known, InvalidArgs) and (self._succeeded or self._failed < 10):

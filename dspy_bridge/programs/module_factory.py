@@ -53,7 +53,7 @@ _OWN_FIELDS = {
     "chain_of_thought": {"reasoning"},
     "react": {"trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning"},
     "refine": {"hint_"},
-    "multi_chain_comparison": {"rationale"},
+    "multi_chain_comparison": {"rationale", *(f"reasoning_attempt_{number}" for number in range(1, 101))},
     "rlm": {"trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory"},
 }
 _OWN_ARGUMENTS = {("react", "inputs"): {"module"}, ("react", "outputs"): {"self"}, ("rlm", "outputs"): {"self"}}
@@ -158,11 +158,9 @@ def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
         if where == "outputs":
             own.discard("reasoning")  # it is the same field
         for name in fields:
-            attempt = program_type == "multi_chain_comparison" and name.startswith("reasoning_attempt_")
-            if name in own or attempt:
-                raise InvalidArgs(
-                    f"signature.{where}: {program_type} has a field {name!r} of its own; choose another name"
-                )
+            if name in own:
+                text = f"{program_type} has a field {name!r} of its own; choose another name"
+                raise InvalidArgs(f"signature.{where}: {text}")
 
 
 def _user_module(

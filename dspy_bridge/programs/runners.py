@@ -50,13 +50,13 @@ class Runner:
         """
         if hasattr(kind, "forward"):
             return kind.forward(module, **values)
-        return worker_threads.current_job().on_loop(_run_async(kind, module, values))
 
+        async def on_loop() -> Any:
+            # A sync call there would wait for this very loop, if it went by the job.
+            worker_threads.current.set(None)
+            return await kind.aforward(module, **values)
 
-async def _run_async(kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
-    # On the event loop a sync call would wait for this very loop, if it went by the job.
-    worker_threads.current.set(None)
-    return await kind.aforward(module, **values)
+        return worker_threads.current_job().on_loop(on_loop())
 
 
 class ToolCallRunner(Runner):

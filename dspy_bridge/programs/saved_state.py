@@ -137,11 +137,10 @@ def read_demos(
     if not predictors:
         raise InvalidArgs("demos: no predictor of this module writes the signature's outputs; give a state instead")
     fields = media.validators(predictors[-1].signature.fields, files_dir)
-    read = []
     for index, demo in enumerate(demos):
         if not isinstance(demo, dict) or not demo:
             raise InvalidArgs(f"demos[{index}]: expected an object of fields")
-        read.append(validation.read_values(demo, fields, f"demos[{index}]"))
+    read = [validation.read_values(demo, fields, f"demos[{index}]") for index, demo in enumerate(demos)]
     for predictor in predictors:
         predictor.demos = [dict(demo) for demo in read]
 

@@ -111,11 +111,7 @@ class Reward:
             return float(_same(outputs.get(self._field), self._equals))
         fields = _plain({name: value for name, value in inputs.items() if name != "config"})
         asked = lm_call.run().call.call_tool(self.tool, {"inputs": fields, "outputs": outputs})
-        value = worker_threads.current_job().on_loop(asked)
-        reward = _number(value)
-        if reward is None:
-            raise ToolFailed(f"{self.tool}: expected a number as the reward")
-        return reward
+        return _read_score(worker_threads.current_job().on_loop(asked), self.tool)[0]
 
 
 def _read(
@@ -134,13 +130,6 @@ def _read(
     return None, given["field"], given[compares]
 
 
-def _number(value: Any) -> float | None:
-    """A number that a tool gave, or None; not one so large that a sum is infinite. Booleans count as 1 and 0."""
-    if not isinstance(value, (int, float)) or not abs(value) <= 1e300:
-        return None
-    return float(value)
-
-
 def _plain(value: Any) -> Any:
     """The value as a reply would contain it."""
     return jiter.from_json(encode_value(value))
@@ -151,10 +140,10 @@ def _read_score(value: Any, tool: str) -> tuple[float, str | None]:
     if isinstance(value, dict) and "score" in value and value.keys() <= {"score", "feedback"}:
         feedback = value.get("feedback")
         value = value["score"]
-    score = _number(value)
-    if score is None or not (feedback is None or isinstance(feedback, str)):
-        raise ToolFailed(f'{tool}: expected a number, a boolean or {{"score": number, "feedback": text}} as the score')
-    return score, feedback
+    # Not a number so large that a sum is infinite. Booleans count as 1 and 0.
+    if isinstance(value, (int, float)) and abs(value) <= 1e300 and isinstance(feedback, str | None):
+        return float(value), feedback
+    raise ToolFailed(f'{tool}: expected a number, a boolean or {{"score": number, "feedback": text}} as the score')
 
 
 def _text(value: Any) -> str:
