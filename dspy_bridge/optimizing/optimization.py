@@ -43,69 +43,60 @@ async def run(
 
     `program`: one that nobody else has; it is changed. Raises `BridgeError`; any other exception is a defect.
     """
-    job = _Job(given, program, args, Run(call, given.budget))
-    await large_inputs.in_thread(job.read)
-    return await job.run(threads)
+    run = Run(call, given.budget)
+    job = await large_inputs.in_thread(lambda: _Job(given, program, args, run))
+    large_inputs.here.set(job.large)
+    with program.optimizing(args.get("lm"), run):
+        # In the context: it has the settings.
+        work = asyncio.get_running_loop().create_task(threads.run(job.optimize))
+    # If the run ends, nobody reads how its thread did.
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())
+    ends = (work, asyncio.wrap_future(run.ending))
+    try:
+        done, _ = await asyncio.wait(ends, timeout=given.budget.seconds, return_when=asyncio.FIRST_COMPLETED)
+        if work in done and not run.ending.done():
+            try:
+                return await work
+            except Exception as error:
+                known = dspy_errors.translate(error, [])
+                if known is error and isinstance(error, _REFUSALS):
+                    raise InvalidArgs(f"optimize: DSPy's {given.optimizer} refuses it: {error}") from error
+                raise known from error
+        why = run.ending.result() if done else "seconds"
+        if isinstance(why, BaseException):
+            raise why
+        run.close()
+        run.refuse_failures(stopped=True)
+        return await large_inputs.in_thread(lambda: job.candidates.result(stopped=why))
+    finally:
+        run.close()
+        work.cancel()
 
 
 class _Job:
-    def __init__(self, given: optimizers.Optimize, program: Program, args: dict[str, Any], run: Run) -> None:
-        self._given, self._program, self._args, self._run = given, program, args, run
-        self._student = run.student = Student(program, program.metric(args["metric"]), run)
+    """What an optimization needs in its thread. `large`: whether its inputs are."""
 
-    def read(self) -> None:
+    def __init__(self, given: optimizers.Optimize, program: Program, args: dict[str, Any], run: Run) -> None:
         """Blocks. Raises `InvalidArgs` or `NotAllowed`."""
-        given, program, student, inputs = self._given, self._program, self._student, self._args["inputs"]
-        self._trainset, self._valset = student.examples(inputs, self._args.get("expected"), ""), None
-        if (valset := given.valset) is not None:
+        self._given, self._run = given, run
+        self._student = run.student = student = Student(program, program.metric(args["metric"]), run)
+        inputs, valset = args["inputs"], given.valset
+        self._trainset, self._valset = student.examples(inputs, args.get("expected"), ""), None
+        if valset is not None:
             self._valset = student.examples(valset.inputs, valset.expected, "optimize.valset.")
             inputs = [*inputs, *valset.inputs]
-        self._large = large_inputs.are_large(self._run.call.size, inputs)
+        self.large = large_inputs.are_large(run.call.size, inputs)
         self._lms = {role: program.lm(lm, f"optimize.{role}") for role, lm in given.lms.items()}
         for role, lm in self._lms.items():
             lm.role = role  # its copies, which optimizers make, have it too
         self._module = student.module()
-        whole = optimizers.scored_on(given, len(self._trainset))
-        start = program.state(self._module)
-        self._candidates = Candidates(
-            given.optimizer, whole, start, program.state, self._run, functools.partial(_send, self._run.call)
-        )
+        whole, start = optimizers.scored_on(given, len(self._trainset)), program.state(self._module)
+        send = functools.partial(_send, run.call)
+        self.candidates = Candidates(given.optimizer, whole, start, program.state, run, send)
 
-    async def run(self, threads: WorkerThreads) -> dict[str, Any]:
-        loop, run = asyncio.get_running_loop(), self._run
-        large_inputs.here.set(self._large)
-        with self._program.optimizing(self._args.get("lm"), run):
-            # In the context: it has the settings.
-            work = loop.create_task(threads.run(self._optimize))
-        # If the run ends, nobody reads how its thread did.
-        work.add_done_callback(lambda done: done.cancelled() or done.exception())
-        ends = (work, asyncio.wrap_future(run.ending))
-        try:
-            done, _ = await asyncio.wait(ends, timeout=self._given.budget.seconds, return_when=asyncio.FIRST_COMPLETED)
-            if work in done and not run.ending.done():
-                return await self._result(work)
-            why = run.ending.result() if done else "seconds"
-            if isinstance(why, BaseException):
-                raise why
-            run.close()
-            run.refuse_failures(stopped=True)
-            return await large_inputs.in_thread(lambda: self._candidates.result(stopped=why))
-        finally:
-            run.close()
-            work.cancel()
-
-    async def _result(self, work: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
-        try:
-            return await work
-        except Exception as error:
-            known = dspy_errors.translate(error, [])
-            if known is error and isinstance(error, _REFUSALS):
-                raise InvalidArgs(f"optimize: DSPy's {self._given.optimizer} refuses it: {error}") from error
-            raise known from error
-
-    def _optimize(self) -> dict[str, Any]:
+    def optimize(self) -> dict[str, Any]:
         """In a worker thread."""
-        given, run, candidates = self._given, self._run, self._candidates
+        given, run, candidates = self._given, self._run, self.candidates
         run.begin()
         callbacks = [*dspy.settings.callbacks, Watch(run, candidates, optimizers.own_role(given))]
         if any(isinstance(lm, offline_lm.OfflineLM) for lm in self._lms.values()):

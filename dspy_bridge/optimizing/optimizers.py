@@ -122,7 +122,15 @@ def read(value: object, trainset_size: int) -> Optimize:
     if valset is not None and valset.expected is not None and len(valset.expected) != len(valset.inputs):
         counts = f"{len(valset.inputs)} objects, one for each of the inputs, got {len(valset.expected)}"
         raise InvalidArgs(f"optimize.valset.expected: expected {counts}")
-    _check_package(name)
+    try:
+        # Not as it runs: optuna keeps the traceback of an import that failed, and so all that led to it.
+        importlib.import_module(_NEEDS.get(name, "dspy"))
+    except ImportError as error:
+        how = "`mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
+        if name == "gepa":  # DSPy brings it, where it supports the Python
+            how = "pip install gepa, which this Python may be too new for"
+        text = f"optimize.optimizer: {name} needs the Python package {_NEEDS[name]}; install it with {how}"
+        raise InvalidArgs(text) from error
     takes = _takes(name)
     for role in given.lms:
         if LM_ROLES[role] not in takes:
@@ -140,23 +148,6 @@ def _takes(name: str) -> dict[str, inspect.Parameter]:
     """The parameters of `compile` and of the constructor."""
     cls = _CLASSES[name]
     return {**inspect.signature(cls.compile).parameters, **inspect.signature(cls).parameters}
-
-
-def _check_package(name: str) -> None:
-    """Import the package that the optimizer needs.
-
-    Not as it runs: optuna keeps the traceback of an import that failed, and so all that led to it.
-    """
-    needs = _NEEDS.get(name)
-    try:
-        if needs is not None:
-            importlib.import_module(needs)
-    except ImportError as error:
-        how = "`mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
-        if needs == "gepa":  # DSPy brings it, where it supports the Python
-            how = "pip install gepa, which this Python may be too new for"
-        text = f"optimize.optimizer: {name} needs the Python package {needs}; install it with {how}"
-        raise InvalidArgs(text) from error
 
 
 def compile(

@@ -148,11 +148,16 @@ def _tool(name: str, described: str, args: dict[str, tool_args.Arg]) -> RemoteTo
         missing = [arg for arg in required if arg not in arguments]
         if missing:
             raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(required)}")
+        lm_call.step()
+        question = lm_call.run().call.call_tool(name, {**defaults, **arguments})
+        job = worker_threads.current.get()
         try:
-            result = await _answer(name, {**defaults, **arguments})
+            if job is not None and job.loop is not asyncio.get_running_loop():
+                # RLM starts an event loop in its worker thread; the reply comes to the peer's.
+                question = asyncio.to_thread(job.on_loop, question)
+            return await _off_loop(_without_types, await question)
         except ToolFailed as error:
             raise ToolFailed(field_markers.without_types(str(error))) from None
-        return await _off_loop(_without_types, result)
 
     # What DSPy reads from a function, and RLM's sandbox: it sends the default of an argument that is left out. Names
     # that no parameter can have (`from`, `x-y`) are in `args` alone, which is enough for DSPy.
@@ -178,16 +183,6 @@ def _tool(name: str, described: str, args: dict[str, tool_args.Arg]) -> RemoteTo
 
 def is_parameter(arg: str) -> bool:
     return arg.isidentifier() and not keyword.iskeyword(arg)
-
-
-async def _answer(name: str, arguments: dict[str, Any]) -> Any:
-    lm_call.step()
-    question = lm_call.run().call.call_tool(name, arguments)
-    job = worker_threads.current.get()
-    if job is None or job.loop is asyncio.get_running_loop():
-        return await question
-    # RLM starts an event loop in its worker thread; the reply comes to the peer's.
-    return await asyncio.to_thread(job.on_loop, question)
 
 
 def _without_types(result: Any) -> Any:

@@ -133,7 +133,13 @@ def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[
     elif {"base64", "mime"} <= keys <= {"base64", "mime"} | named:
         mime, data, filename = _mime(value["mime"]), _base64(value["base64"]), _filename(value)
     elif "path" in keys and keys <= {"path", "mime"} | named:
-        real, content = _from_disk(value["path"], files_dir)
+        if files_dir is None:
+            refused = "path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"
+            raise unfit(refused, NOT_ALLOWED)
+        try:
+            real, content = read_file(files_dir, value["path"], MAX_FILE_BYTES, "DSPY_BRIDGE_FILES_DIR")
+        except PydanticCustomError as error:
+            raise unfit(f"path: {error}", error.type) from None
         mime, data = _mime(value.get("mime") or mimetypes.guess_type(real)[0]), base64.b64encode(content).decode()
         filename = _filename(value) or os.path.basename(real)
     else:
@@ -167,16 +173,6 @@ def _base64(data: object) -> str:
     except ValueError:
         pass
     raise unfit("the content is not base64 (standard alphabet, with padding, no line breaks)")
-
-
-def _from_disk(path: object, files_dir: str | None) -> tuple[str, bytes]:
-    if files_dir is None:
-        refused = "path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"
-        raise unfit(refused, NOT_ALLOWED)
-    try:
-        return read_file(files_dir, path, MAX_FILE_BYTES, "DSPY_BRIDGE_FILES_DIR")
-    except PydanticCustomError as error:
-        raise unfit(f"path: {error}", error.type) from None
 
 
 # Do not wait for pipes or devices, do not follow links, and do not let child processes inherit the descriptor.

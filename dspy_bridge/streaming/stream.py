@@ -79,7 +79,10 @@ class Stream:
             self._sent.setdefault(field, []).append(text)
             # From sync code it may be called on another loop.
             await main_loop.run(self._call.stream_item({"field": field, "chunk": text}))
-        _correct_progress(bool(chunks))
+        # DSPy notes for any piece that something was streamed. If nothing was sent and the answer cannot be parsed, the
+        # adapter makes a second attempt, in JSON.
+        for progress in dspy_internals.ADAPTER_CALLS.value.get() if dspy_internals.ADAPTER_CALLS.there else ():
+            progress.emitted = progress.sent = bool(chunks) or getattr(progress, "sent", False)
 
     def _read(self, piece: Any) -> list[field_parsers.Chunk]:
         answer = _answer.get()
@@ -110,16 +113,6 @@ class Stream:
             # If something else was sent, it cannot be corrected.
             if isinstance(text, str) and text.startswith(sent) and text != sent:
                 await self._call.stream_item({"field": field, "chunk": text[len(sent) :]})
-
-
-def _correct_progress(sent: bool) -> None:
-    """Correct DSPy's flag that something of an answer was streamed: set for any piece, here only for sent ones.
-
-    If it is unset and the answer cannot be parsed, the adapter makes a second attempt, in JSON.
-    """
-    for progress in dspy_internals.ADAPTER_CALLS.value.get() if dspy_internals.ADAPTER_CALLS.there else ():
-        progress.sent = sent or getattr(progress, "sent", False)
-        progress.emitted = progress.sent
 
 
 class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
