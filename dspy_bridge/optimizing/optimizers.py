@@ -1,7 +1,4 @@
-"""DSPy's optimizers: the argument `optimize`, the options of each, building one, and running it. Imports DSPy.
-
-What DSPy refuses itself is `invalid_args` in `optimization`.
-"""
+"""DSPy's optimizers: the argument `optimize`, the options of each, building one, and running it. Imports DSPy."""
 
 from __future__ import annotations
 
@@ -158,10 +155,7 @@ def compile(
     metric: Any,
     lms: Mapping[str, dspy.BaseLM],
 ) -> dspy.Module:
-    """The student optimized: a module of the same kind. Blocks; the LM is that of `dspy.context`.
-
-    Raises what DSPy raises.
-    """
+    """The student optimized: a module of the same kind. Blocks; the LM is that of `dspy.context`."""
     cls = _CLASSES[given.optimizer]
     of_constructor, takes = inspect.signature(cls).parameters, _takes(given.optimizer)
     every: dict[str, Any] = {

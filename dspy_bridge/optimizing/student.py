@@ -125,10 +125,9 @@ class Student:
         if isinstance(known, BridgeError) and known.error_type in _COUNTED:
             return None
         # The code of a user's module may raise anything for an answer that it cannot use.
-        if not self.program.of_dspy and not isinstance(known, InvalidArgs) and (self._succeeded or self._failed < 10):
-            self._failed += 1
-            return None
-        return known
+        self._failed += 1
+        goes_on = self._succeeded or self._failed <= 10
+        return None if goes_on and not self.program.of_dspy and not isinstance(known, InvalidArgs) else known
 
 
 @functools.cache

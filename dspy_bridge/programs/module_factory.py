@@ -89,17 +89,10 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
 
 
 def _make(
-    program_type: str,
-    contract: Contract,
-    chosen: dict[str, Any],
-    tools: list[remote_tools.RemoteTool],
-    lms: LMs,
+    program_type: str, contract: Contract, chosen: dict[str, Any], tools: list[remote_tools.RemoteTool], lms: LMs
 ) -> Runner:
     signature = contract.signature
-    # DSPy drops deprecated modules.
-    kind = getattr(dspy, TYPES[program_type], None)
-    if kind is None:
-        raise InvalidArgs(f"program_type: DSPy {dspy.__version__} does not have dspy.{TYPES[program_type]}")
+    kind = getattr(dspy, TYPES[program_type])
     if program_type in ("best_of_n", "refine"):
         if "reward" not in chosen:
             raise InvalidArgs("options.reward: missing")

@@ -94,9 +94,8 @@ class Program:
         elif len(fields) == 1:
             outputs = {fields[0]: prediction}
         else:
-            kind = type(prediction).__name__
-            text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
-            raise OutputInvalid(text, by_lm=False)
+            expected = f"expected a dspy.Prediction with {', '.join(fields)}"
+            raise OutputInvalid(f"the module returned {type(prediction).__name__}; {expected}", by_lm=False)
         # An LM that calls tools natively writes no other output.
         if not outputs.get("tool_calls"):
             self._contract.check_outputs(outputs)
@@ -108,8 +107,7 @@ class Program:
         run.refuses_cut_off = not self._allow_truncated
         found = self._lm_for({}, lm)[1] or dspy.settings.lm
         # Optimizers write into its settings.
-        own = found and found.copy()
-        with self._lms.context(own, self.runner.adapter(self._adapter), run):
+        with self._lms.context(found and found.copy(), self.runner.adapter(self._adapter), run):
             yield
 
     def lm(self, given: object, where: str) -> dspy.BaseLM:

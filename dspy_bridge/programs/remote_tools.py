@@ -31,12 +31,8 @@ class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
 
     async def acall(self, /, **arguments: Any) -> Any:
         """LMs write null for an argument that they leave out, and the sandbox of an RLM sends it."""
-        declared = self.func.declared
-        given = {
-            arg: value
-            for arg, value in arguments.items()
-            if value is not None or arg not in declared or not declared[arg].null_is_left_out
-        }
+        left_out = {arg for arg, read in self.func.declared.items() if read.null_is_left_out}
+        given = {arg: value for arg, value in arguments.items() if value is not None or arg not in left_out}
         return await super().acall(**given)
 
     def format_as_litellm_function_call(self) -> dict[str, Any]:

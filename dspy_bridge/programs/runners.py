@@ -63,9 +63,8 @@ class ToolCallRunner(Runner):
     """Predict or ChainOfThought with tools: runs the tool calls of the LM's answer, native ones if the LM has them."""
 
     def __init__(self, kind: Any, signature: type[dspy.Signature], tools: list[RemoteTool]) -> None:
-        for name in ("tools", "tool_calls"):
-            if name in signature.fields:
-                raise InvalidArgs(f"signature: with tools, the field {name!r} is DSPy's; choose another name")
+        if taken := [name for name in ("tools", "tool_calls") if name in signature.fields]:
+            raise InvalidArgs(f"signature: with tools, the field {taken[0]!r} is DSPy's; choose another name")
         signature = signature.append("tools", dspy.InputField(), list[dspy.Tool])
         signature = signature.append("tool_calls", dspy.OutputField(), dspy.ToolCalls)
         super().__init__(kind(signature))

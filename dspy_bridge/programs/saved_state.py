@@ -86,11 +86,8 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     given = {"self": state} if flat else state
     for name, parameter in wanted.items():
         _check(given[name], parameter.signature.fields, "state" if flat else f"state.{name}")
-    lms = [
-        {name: value for name, value in saved["lm"].items() if name in _LM_SETTINGS}
-        for saved in given.values()
-        if saved.get("lm") is not None
-    ]
+    found = [saved["lm"] for saved in given.values() if saved.get("lm") is not None]
+    lms = [{name: value for name, value in lm.items() if name in _LM_SETTINGS} for lm in found]
     if any(lm != lms[0] for lm in lms) or len(lms) not in (0, len(given)):
         raise InvalidArgs("state: its predictors have different LMs; expected one, or none")
     # A predictor's own LM would win over that of a call.
@@ -115,10 +112,8 @@ def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
     # DSPy writes a single Predict without its name.
     state = clean(state) if isinstance(module, dspy.Predict) else {name: clean(saved) for name, saved in state.items()}
     python = ".".join(platform.python_version_tuple()[:2])
-    return {
-        **state,
-        "metadata": {"dependency_versions": {"python": python, "dspy": dspy.__version__, "cloudpickle": _CLOUDPICKLE}},
-    }
+    versions = {"python": python, "dspy": dspy.__version__, "cloudpickle": _CLOUDPICKLE}
+    return {**state, "metadata": {"dependency_versions": versions}}
 
 
 def read_demos(

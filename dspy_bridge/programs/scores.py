@@ -72,11 +72,9 @@ class Metric:
             here = f"{where}[{index}]"
             if not isinstance(wanted, dict):
                 raise InvalidArgs(f"{here}: expected an object of output fields, and what else the metric needs")
-            for name in wanted:
-                if name in self._signature.input_fields:
-                    raise InvalidArgs(
-                        f"{here}.{name}: an input; expected output fields, and what else the metric needs"
-                    )
+            if wrong := [name for name in wanted if name in self._signature.input_fields]:
+                text = "an input; expected output fields, and what else the metric needs"
+                raise InvalidArgs(f"{here}.{wrong[0]}: {text}")
             of_program = {name: wanted[name] for name in wanted if name in fields}
             values = validation.read_values(of_program, fields, here)
             if self.tool is None:

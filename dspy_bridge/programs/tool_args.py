@@ -26,10 +26,7 @@ class Arg(NamedTuple):
     schema: dict[str, Any]
     default: Any
     required: bool
-
-    @property
-    def null_is_left_out(self) -> bool:
-        return not self.required and (self.default is ... or not _takes_null(self.schema))
+    null_is_left_out: bool
 
 
 def read(definition: dict[str, Any], where: str) -> dict[str, Arg]:
@@ -87,7 +84,9 @@ def _arg(arg: str, given: object, where: str) -> Arg:
         described = f"{described} (optional)" if described else "optional"
     if described:
         schema["description"] = described
-    return Arg(type_, validator, schema, default, required=default is ... and not optional)
+    required = default is ... and not optional
+    left_out = not required and (default is ... or not _takes_null(schema))
+    return Arg(type_, validator, schema, default, required, left_out)
 
 
 def _fits(default: object, kind: object, validator: pydantic.TypeAdapter[Any]) -> bool:

@@ -170,9 +170,8 @@ class _Schema:
         definitions = self._root.get(word, {})
         if name not in definitions:
             raise InvalidArgs(f"{where}.$ref: there is no {word}{step(name)}")
-        for other in beside:
-            if other not in _DESCRIPTIVE:
-                raise InvalidArgs(f"{where}: {other} cannot be combined with $ref; put it into the definition")
+        if others := [word for word in beside if word not in _DESCRIPTIVE]:
+            raise InvalidArgs(f"{where}: {others[0]} cannot be combined with $ref; put it into the definition")
         target = self._read(definitions[name], f"{self._where}.{word}{step(name)}", depth + 1)
         return {**target, **beside} if isinstance(target, dict) else {"allOf": [target], **beside}
 
