@@ -48,9 +48,8 @@ class Student:
 
     def module(self) -> dspy.Module:
         """The program's module, with the class that optimizers need. It is the program's own from now on."""
-        module = self.program.runner.module
-        kind: Any = type(module)
-        module.__class__ = _student_of(kind)
+        module: Any = self.program.runner.module
+        module.__class__ = _student_of(module.__class__)
         return module
 
     def metric(self, optimizer: str, candidates: Candidates) -> Any:
@@ -211,9 +210,8 @@ def tolerant(adapter: dspy.Adapter) -> dspy.Adapter:
 
     SIMBA and GEPA go on without the candidate. COPRO and MIPROv2 would raise, so they get the instruction as it was.
     """
-    made = copy.copy(adapter)
-    kind: Any = type(adapter)
-    made.__class__ = _tolerant_of(kind)
+    made: Any = copy.copy(adapter)
+    made.__class__ = _tolerant_of(made.__class__)
     return made
 
 

@@ -71,7 +71,7 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
     if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
         raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
     given = definition.get("options")
-    if given is not None and not isinstance(given, dict):
+    if not isinstance(given, dict | None):
         raise InvalidArgs("options: expected an object of the module's settings")
     if program_type == "rlm" and not lms.settings.allow_code:
         raise NotAllowed("program_type: rlm runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")

@@ -66,8 +66,7 @@ def _arg(arg: str, given: object, where: str) -> Arg:
     type_ = read_type(kind, f"{where}.type")
     validator, schema = _shown(type_, f"{where}.type")
     own = kind if isinstance(kind, dict) else {}
-    optional = given.get("optional")
-    if "optional" in given and not isinstance(optional, bool):
+    if not isinstance(optional := given.get("optional"), bool) and "optional" in given:
         raise InvalidArgs(f"{where}.optional: expected true or false")
     described = description(given, where) or own.get("description")
     default = given.get("default", own.get("default", ...))

@@ -31,7 +31,6 @@ def test_all_but_the_optimizer_has_a_default_and_null_is_absent() -> None:
         assert read == optimizers.Optimize(optimizer=optimizer)
         assert (read.num_threads, read.options, read.lms) == (8, {}, {})
         assert read.budget.model_dump() == {"lm_calls": None, "tokens": None, "seconds": None}
-    assert len(OPTIMIZERS) == 7
 
 
 def test_what_is_given_is_read() -> None:
@@ -111,11 +110,6 @@ def test_an_option_of_another_type_is_refused_by_name(optimizer: str) -> None:
 def test_what_belongs_to_the_run_or_writes_files_is_no_option(optimizer: str) -> None:
     for name in ("metric", "teacher_settings", "num_threads", "seed", "log_dir", "track_stats", "max_errors", "valset"):
         assert refusal(given(optimizer, {name: 1})).startswith(f"optimize.options: unknown key '{name}'; expected ")
-
-
-def test_a_misspelt_option_is_refused_with_the_one_that_is_meant() -> None:
-    text = "optimize.options: unknown key 'bredth'; did you mean breadth? expected breadth, depth, init_temperature"
-    assert refusal(given("copro", {"bredth": 3})) == text
 
 
 @pytest.mark.parametrize(

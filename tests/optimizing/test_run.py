@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,6 @@ import pytest
 from dspy_bridge.dispatch.limiter import Limiter
 from dspy_bridge.optimizing.optimizers import Budget
 from dspy_bridge.optimizing.run import Run
-
-
-class Call:
-    ends = None
-
-    def __init__(self, limiter: Limiter) -> None:
-        self.limiter = limiter
 
 
 @pytest.fixture
@@ -46,7 +40,7 @@ def test_a_slot_that_is_given_up_is_the_next_ones(other: asyncio.AbstractEventLo
     async def scenario() -> None:
         limiter = Limiter(1, 10)
         await limiter.acquire()
-        call: Any = Call(limiter)
+        call: Any = SimpleNamespace(ends=None, limiter=limiter)
         run = Run(call, Budget())
         tasks: list[asyncio.Task[None]] = []
         asked, stopped, go_on = threading.Event(), threading.Event(), threading.Event()

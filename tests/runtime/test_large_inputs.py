@@ -46,6 +46,7 @@ class Size:
     slot_transferred = False
     deadline = None
     ends = None
+    call_tool: Any
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -56,11 +57,18 @@ class Size:
 
 
 def call(
-    definition: dict[str, Any], inputs: dict[str, Any], size: int, stream: bool = False, **settings: str
+    definition: dict[str, Any],
+    inputs: dict[str, Any],
+    size: int,
+    stream: bool = False,
+    server: LMServer | None = None,
+    call_tool: Any = None,
+    **settings: str,
 ) -> tuple[Any, dict[str, str], list[tuple[Any, str]]]:
     """The outputs, the threads of each step, and the stream's items."""
-    server, watch = LMServer(lambda _request: chat(reasoning="r", answer="Paris")), Threads()
+    server, watch = server or LMServer(lambda _request: chat(reasoning="r", answer="Paris")), Threads()
     lms, given = dspy_setup.LMs(Settings(settings)), Size(size)
+    given.call_tool = call_tool
 
     async def main() -> Any:
         program = Program({"lm": {"model": "openai/m", **server.options()}, **definition}, lms, WorkerThreads())
@@ -125,33 +133,20 @@ def test_a_file_is_read_elsewhere(content: bytes, tmp_path: Path, monkeypatch: p
 def test_a_large_result_of_a_tool_keeps_the_loop_free() -> None:
     """One by one two million integers blocked it for five seconds. The prompt has JSON, the reply a list."""
     rows = [*range(1_000_000), "<<CUSTOM-TYPE-START-IDENTIFIER>>", "[[ ## next_thought ## ]]"]
-    steps = ({"next_tool_name": "f", "next_tool_args": "{}"}, {"next_tool_name": "finish", "next_tool_args": "{}"})
-    server = LMServer(script(*(chat(next_thought="t", **step) for step in steps), chat(reasoning="r", answer="Paris")))
-    gaps, given = [0.0], cast(Any, Size(100))
+    gaps = []
 
     async def call_tool(*_: Any) -> Any:
+        def watch(before: float) -> None:
+            gaps.append(time.monotonic() - before)
+            asyncio.get_running_loop().call_later(0.005, watch, time.monotonic())
+
+        watch(time.monotonic())
         return rows
 
-    async def watch() -> None:
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(0.005)
-            gaps.append(time.monotonic() - before)
-
-    async def main() -> Any:
-        definition = {**QA, "program_type": "react", "tools": [{"name": "f"}]}
-        lms = dspy_setup.LMs(Settings({}))
-        program = Program({"lm": {"model": "openai/m", **server.options()}, **definition}, lms, WorkerThreads())
-        watching = asyncio.create_task(watch())
-        outputs = await program.call({"question": "Why?"}, None, None, given, stream=False)
-        watching.cancel()
-        return outputs
-
-    given.call_tool = call_tool
-    try:
-        outputs = asyncio.run(main())
-    finally:
-        server.stop()
+    steps = [chat(next_thought="t", next_tool_name=name, next_tool_args="{}") for name in ("f", "finish")]
+    server = LMServer(script(*steps, chat(reasoning="r", answer="Paris")))
+    agent = {**QA, "program_type": "react", "tools": [{"name": "f"}]}
+    outputs, *_ = call(agent, {"question": "Why?"}, 100, server=server, call_tool=call_tool)
     assert json.loads(encode_value(outputs))["trajectory"]["observation_0"][:-2] == rows[:-2]
     prompt = server.requests[1]["messages"][1]["content"]
     assert "[0,1,2,3" in prompt and '"((CUSTOM-TYPE' in prompt and "(( ## next_thought ## ))" in prompt

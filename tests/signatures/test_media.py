@@ -194,11 +194,6 @@ def read(folder: Path, path: Any, most: int = 10) -> tuple[str, bytes]:
     return media.read_file(str(folder / "in"), path, most, "SETTING")
 
 
-def test_a_file_is_read_and_told_where_it_is(folder: Path) -> None:
-    for path in ("sub/a", "./sub/../sub/a", str(folder / "in/sub/a")):
-        assert read(folder, path) == (os.path.realpath(folder / "in/sub/a"), b"in/sub")
-
-
 @pytest.mark.parametrize("swapped", ["sub", "sub/a"])
 def test_a_link_that_comes_between_leads_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch, swapped: str) -> None:
     """A name on the way becomes a link after the path was checked and before it is opened."""
