@@ -143,6 +143,9 @@ FORMAT_TRAJECTORY = Name("dspy:ReAct._format_trajectory", _ANEW, "self", "trajec
 # What DSPy looks up for each LM call: see `transport/routes`.
 _SLOWER = "LM calls are slower"
 RESOLVE = Name("dspy.clients.capabilities:resolve", _SLOWER, "lm")
+MODEL_INFO = [
+    Name(f"dspy.clients.{module}:model_info", _SLOWER, "provider", "model") for module in ("capabilities", "costs")
+]
 OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _SLOWER, "config", "model_type")
 SELECT_BACKEND = Name("dspy.clients.backend_selection:select_backend", "LiteLLM is imported by its first call", "lm")
 PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _SLOWER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -22,6 +23,17 @@ def refused(model: str, key_of: str) -> bool:
             assert key_of in str(error) and model in str(error)
             return True
     return False
+
+
+def test_what_dspy_knows_of_a_model_is_what_it_says_itself() -> None:
+    for name in dspy_internals.MODEL_INFO:
+        kept = getattr(importlib.import_module(name.module), name.attribute)
+        assert kept is not name.value
+        for args in (("openai", "gpt-4o-mini"), ("openai", "unheard-of"), ("anthropic", "claude-3-5-haiku-20241022")):
+            for namespaces in (None, [], ("azure",), ["openai"]):
+                assert kept(*args, namespaces=namespaces) == name.value(*args, namespaces=namespaces)
+        assert kept("openai", "unheard-of") is kept("openai", "unheard-of")
+        assert kept("openai", "gpt-4o-mini")["max_tokens"] > 0
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,7 +66,8 @@ def route(model: str, model_type: str) -> Any:
     return dspy_internals.OFFLINE_ENGINE.value(_NO_ENVIRONMENT, model_type=model_type).resolve(model)
 
 
-# What DSPy looks up for each LM call is kept: providers take 22 µs of 980, proxies 33.
+# What DSPy looks up for each LM call is kept. For a model that is not in its list it reads the whole list, three times:
+# 560 of the 1,390 µs of a run. Providers take some 60 of the rest, proxies 33.
 
 
 @dspy_internals.RESOLVE.replace
@@ -79,6 +81,21 @@ def _engine(config: Any = None, *, model_type: str = "chat") -> Any:
     if config != _NO_ENVIRONMENT:
         return dspy_internals.OFFLINE_ENGINE.value(config, model_type=model_type)
     return SimpleNamespace(resolve=lambda model: route(model, model_type))
+
+
+def _kept(look_up: dspy_internals.Name) -> Callable[..., Any]:
+    @functools.lru_cache(256)
+    def kept(provider: Any, model: Any, namespaces: tuple[Any, ...] | None) -> Any:
+        return look_up.value(provider, model, namespaces=namespaces)
+
+    def info(provider: Any, model: Any, *, namespaces: Any = None) -> Any:
+        return kept(provider, model, None if namespaces is None else tuple(namespaces))
+
+    return info
+
+
+for _name in dspy_internals.MODEL_INFO:
+    _name.replace(_kept(_name))
 
 
 @dspy_internals.PROXIES.replace
