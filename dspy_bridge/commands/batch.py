@@ -33,8 +33,9 @@ async def evaluate(args: dict[str, Any], program: Program, work: Work, call: Cal
     A result that failed has the score 0. Without inputs the mean is None. Raises `ToolFailed` as soon as the metric
     fails, `LMFailed` or `LMNotConfigured` if an LM refuses the key, as it would for all.
     """
-    metric = program.read_metric(args["metric"])
-    examples = await large_inputs.in_thread(lambda: program.expected(metric, args["inputs"], args.get("expected")))
+    metric = program.metric(args["metric"])
+    expected = args.get("expected")
+    examples = await large_inputs.in_thread(lambda: metric.examples(args["inputs"], expected, "expected"))
 
     async def score(index: int, outputs: dict[str, Any]) -> dict[str, Any]:
         value, feedback = await metric.score(examples[index][0], outputs, call)

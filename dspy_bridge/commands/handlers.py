@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dspy_bridge.dispatch.call import Call
     from dspy_bridge.dispatch.dispatcher import Handler
     from dspy_bridge.logs import SendRecord
-    from dspy_bridge.optimizing.arguments import Optimize
     from dspy_bridge.programs.program import Program
     from dspy_bridge.settings import Settings
 
@@ -84,15 +83,11 @@ class Commands:
         """The outputs of a run; `{"results": […]}` for a list of inputs; with `optimize` a better program's state."""
         arguments.check_execute(args)
         call.limited = True
-        how = None
-        if args.get("optimize") is not None:
-            from dspy_bridge.optimizing.arguments import read
-
-            how = read(args["optimize"])
         entry = self._registry.get(args["program_id"])
         if entry is None:
             raise ProgramNotFound(args["program_id"])
-        return self._execute(entry, args, call) if how is None else self._optimize(entry, how, args, call)
+        work = self._execute if args.get("optimize") is None else self._optimize
+        return work(entry, args, call)
 
     def list_programs(self, args: dict[str, Any], _call: Call) -> Any:
         """`{"programs": [ids]}`, with `details` and `state` if asked for; `program_ids` selects."""
@@ -172,8 +167,11 @@ class Commands:
             return await batch.evaluate(args, program, one, call)
         return {"results": await batch.Batch(args, one, call).run()}
 
-    async def _optimize(self, entry: Entry, how: Optimize, args: dict[str, Any], call: Call) -> dict[str, Any]:
+    async def _optimize(self, entry: Entry, args: dict[str, Any], call: Call) -> dict[str, Any]:
         entry, _ = await self._working(entry, call)
+        from dspy_bridge.optimizing import optimization
+
+        given = await optimization.read(args)
         running, most = self._optimizing, self._settings.max_optimizes
         if running >= most:
             raise Overloaded(f"{running} programs are being optimized: DSPY_BRIDGE_MAX_OPTIMIZES is {most}")
@@ -182,13 +180,9 @@ class Commands:
         call.slot_transferred = True
         call.limiter.release()
         try:
-            from dspy_bridge.optimizing import optimization
-
             # Optimizers change the program that they are given.
             program = await self._loader.build(entry.definition)
-            return await optimization.run(
-                how, program, args, call, call.limiter, self._optimizers, stream=call.request.stream
-            )
+            return await optimization.run(given, program, args, call, self._optimizers)
         finally:
             self._optimizing -= 1
             self._loader.removed(1)

@@ -11,12 +11,13 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import dspy
 
 from dspy_bridge.logs import peer_log
+
+T = TypeVar("T")
 
 
 class Name:
@@ -28,7 +29,6 @@ class Name:
         self.dotted = path.replace(":", ".")
         self.without = without
         self.takes = takes
-        self._wrapped = False
         names.append(self)
 
     @functools.cached_property
@@ -52,11 +52,11 @@ class Name:
         """The last part of its path."""
         return self.path.rpartition(".")[2]
 
-    def wrap(self, wrapper: Callable[[Any], Any]) -> None:
-        """Put `wrapper(function)` in the function's place, once in a process."""
-        if self.there and not self._wrapped:
-            self._wrapped = True
-            setattr(self._find(self.path.rpartition(".")[0]), self.attribute, wrapper(self.value))
+    def replace(self, ours: T) -> T:
+        """Put `ours` in its place, if it is there; `value` stays what it was. Modules do so when they are imported."""
+        if self.there:
+            setattr(self._find(self.path.rpartition(".")[0]), self.attribute, ours)
+        return ours
 
     def _find(self, path: str) -> Any:
         found = importlib.import_module(self.module)

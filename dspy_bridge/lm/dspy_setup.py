@@ -1,13 +1,17 @@
-"""Sets up DSPy, and makes LMs and adapters from settings and arguments. Imports DSPy."""
+"""Sets up DSPy and its cache, and makes LMs and adapters from settings and arguments. Imports DSPy."""
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import functools
 import importlib
 import json
 import os
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from typing import Any
 
 # The first LM call would fetch a price list of up to 32 MB from the network; the packaged one will do.
@@ -22,13 +26,14 @@ from dspy_bridge.errors import InvalidArgs, LMNotConfigured, SetupFailed, refuse
 if not hasattr(dspy, "lm15"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
-from dspy_bridge.lm import answer_cache, dspy_internals, event_loop_lm, lm_call, lm_factory, lm_options, main_loop
-from dspy_bridge.lm.adapters import built_once, guarded_adapters, json_answers
-from dspy_bridge.lm.metering import endings
-from dspy_bridge.lm.offline import offline_lm, script_lm
+from dspy_bridge.lm import dspy_internals, lm_call, lm_options, rate_limits
+from dspy_bridge.lm.adapters import built_once, guarded_adapters  # noqa: F401  # see `dspy_internals.Name.replace`
+from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm.metering import endings  # noqa: F401
+from dspy_bridge.lm.offline import echo_lm, offline_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
-from dspy_bridge.runtime import event_loop
+from dspy_bridge.runtime import event_loop, large_inputs
 from dspy_bridge.settings import ADAPTERS, Settings
 
 # Equal options share LMs and so their connections; the least recently used options go first.
@@ -50,14 +55,6 @@ class LMs:
         peer_log.adopt("dspy")
         outgoing.most = settings.max_lm_bytes
         dspy_internals.check()
-        outgoing.install()
-        litellm_route.install()
-        json_answers.install()
-        built_once.install()
-        event_loop_lm.install()
-        routes.install()
-        endings.install()
-        guarded_adapters.install()
         # A cache on disk is waited for.
         steps = dspy_internals.STEPS + (dspy_internals.CACHE_STEPS if settings.disk_cache is None else [])
         event_loop.allow(step.value for step in steps if step.there)
@@ -69,7 +66,15 @@ class LMs:
             _call_init(settings.init)
 
     def _configure(self, settings: Settings) -> None:
-        answer_cache.configure(disk_cache=settings.disk_cache, entries=settings.cache_entries)
+        dspy.cache = _Cache(
+            enable_disk_cache=settings.disk_cache is not None,
+            enable_memory_cache=settings.cache_entries > 0,
+            disk_cache_dir=settings.disk_cache,
+            disk_size_limit_bytes=dspy.clients.DISK_CACHE_LIMIT,
+            memory_max_entries=max(1, settings.cache_entries),
+            # Files in the folder are data: DSPy's default would run any pickle found there.
+            restrict_pickle=True,
+        )
         # The trace keeps thousands of prompts; the type warnings quote inputs in the log. For history see `endings`.
         dspy.configure(disable_history=False, trace=None, warn_on_type_mismatch=False)
         if settings.adapter is not None:
@@ -111,18 +116,20 @@ class LMs:
         lm = lm or dspy.settings.lm
         if lm is None and self._lacking is not None:
             raise LMNotConfigured(self._lacking)
-        if isinstance(lm, event_loop_lm.LoopLM) and not isinstance(lm, offline_lm.OfflineLM):
+        if isinstance(lm, LoopLM) and not isinstance(lm, offline_lm.OfflineLM):
             routes.refuse_litellm(lm, settings, "config")
 
     def _lm(self, options: dict[str, Any]) -> dspy.BaseLM:
-        if options["model"] == script_lm.NAME:
-            return lm_factory.make(options)  # each begins with its first answer
+        if options["model"] == offline_lm.SCRIPT:
+            return make_lm(options)  # each begins with its first answer
         return self._kept_lm(json.dumps(options, sort_keys=True))
 
     def _new_lm(self, options: str) -> dspy.BaseLM:
-        lm = lm_factory.make(json.loads(options))
-        if self.settings.warm:
-            lm_factory.warm_up(lm)
+        lm = make_lm(json.loads(options))
+        if self.settings.warm and dspy_internals.SELECT_BACKEND.there and not isinstance(lm, offline_lm.OfflineLM):
+            with suppress(Exception):  # of wrong options, which the call reports
+                if not dspy_internals.SELECT_BACKEND.value(lm).native:
+                    litellm_route.start()
         return lm
 
     def adapter(self, given: object) -> dspy.Adapter:
@@ -143,7 +150,7 @@ class LMs:
 
         Raises `LMNotConfigured`.
         """
-        main_loop.begin()
+        lm_call.begin_on_main_loop()
         lm = lm or dspy.settings.lm
         if lm is None:
             raise LMNotConfigured(self._lacking or "no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
@@ -172,3 +179,59 @@ def _call_init(path: str) -> None:
         getattr(importlib.import_module(module), name)()
     except BaseException as error:  # user code, whose SystemExit must not end the peer either
         raise SetupFailed(f"DSPY_BRIDGE_INIT {path}: {type(error).__name__}: {error}") from error
+
+
+class _Cache(dspy.clients.Cache):  # type: ignore[misc]  # DSPy ships no types
+    """DSPy leaves the server and the key of an LM out of the cache's key: another account, or another server's model of
+    the same name, would get the answer."""
+
+    def cache_key(self, request: dict[str, Any], ignored_args_for_cache_key: list[str] | None = None) -> str:
+        target = lm_call.target()
+        # An LM of your application's is known by what is in the request alone.
+        account = routes.account(request) if target is None else repr((target.account, target.scope))
+        return sha256(f"{super().cache_key(request, ignored_args_for_cache_key)} {account}".encode()).hexdigest()
+
+    def get(self, *args: Any, **options: Any) -> Any:
+        found, call = super().get(*args, **options), lm_call.current.get()
+        if call is not None:
+            call.cached = found is not None
+        return found
+
+
+class _Connections:
+    """Those of an LM and of its copies. They are closed when nothing refers to it any more: else they stay open for as
+    long as the provider likes, even those of an LM that is garbage."""
+
+
+def make_lm(options: dict[str, Any]) -> dspy.BaseLM:
+    """`options`: complete, as of `lm_options`. Raises `InvalidArgs` or `LMNotConfigured`."""
+    model, of_dspy, scope, connect_timeout, limits, supports, key_of = lm_options.split(options, "lm")
+    if "answers" in of_dspy and model != offline_lm.SCRIPT:
+        raise InvalidArgs(f"lm.answers: only for {offline_lm.SCRIPT}")
+    try:
+        if model == echo_lm.NAME:
+            lm = offline_lm.OfflineLM(model, echo_lm.answer, **of_dspy)
+        elif model == offline_lm.SCRIPT:
+            lm = offline_lm.OfflineLM(model, offline_lm.Script(of_dspy.pop("answers", None)).answer, **of_dspy)
+        else:
+            lm = LoopLM(model, **of_dspy)
+            routes.refuse_litellm(lm, {}, "lm")
+    except (TypeError, ValueError, dspy.LMError) as error:
+        raise InvalidArgs(f"lm: {error}") from None
+    lm.supports = supports
+    lane = rate_limits.lane(routes.limited_account(options), limits)
+    lm.target = lm_call.Target(routes.account(options), scope, connect_timeout, lm.num_retries > 0, key_of, lane)
+    lm.secrets = list(redaction.secrets(options))
+    redaction.remember(lm.secrets)
+    # A copy shares the connections; it must not keep what its end depends on.
+    closing = copy.copy(lm)
+    lm.connections = _Connections()
+    weakref.finalize(lm.connections, _close, closing).atexit = False
+    return lm
+
+
+def _close(lm: Any) -> None:
+    """Called on any thread."""
+    for loop in (lm_call.main_loop(), *large_inputs.loops()):
+        if loop is not None and not loop.is_closed():
+            asyncio.run_coroutine_threadsafe(lm.aclose(), loop)

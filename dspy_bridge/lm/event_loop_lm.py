@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import dspy_internals, lm_call, main_loop
+from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.runtime import event_loop
 
 _PARAMS = {
@@ -70,42 +69,29 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
 
 def _on_loop(work: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs: Any) -> Any:
     event_loop.refuse_sync_call()
-    call, job, loop = work(*args, **kwargs), lm_call.job(), main_loop.get()
+    call, job, loop = work(*args, **kwargs), lm_call.job(), lm_call.main_loop()
     if job is not None:
         return job.on_lm_loop(call)
     # In a thread that a module started without its context.
     return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
 
 
-def install() -> None:
-    """Watch DSPy's executor, which runs a batch, `dspy.Parallel` and evaluations in threads and waits for them.
-
-    Sync calls of LMs that your application made come to the event loop, too. Once in a process.
-    """
-    dspy_internals.EXECUTE.wrap(_watched)
-    if dspy_internals.ASYNC_CALL.there:
-        dspy_internals.CALL.wrap(_called_on_loop)
-
-
-def _called_on_loop(execute: Any) -> Any:
-    def executed(lm: Any, call: Any) -> Any:
-        # An engine of its own may have no async counterpart, and so may a `forward`.
-        if not call.managed or not isinstance(lm.engine, str):
-            return execute(lm, call)
-        return _on_loop(dspy_internals.ASYNC_CALL.value, lm, call)
-
-    return executed
+@dspy_internals.CALL.replace
+def _execute(lm: Any, call: Any) -> Any:
+    """Sync calls of LMs that your application made come to the event loop, too."""
+    # An engine of its own may have no async counterpart, and so may a `forward`.
+    if not call.managed or not isinstance(lm.engine, str) or not dspy_internals.ASYNC_CALL.there:
+        return dspy_internals.CALL.value(lm, call)
+    return _on_loop(dspy_internals.ASYNC_CALL.value, lm, call)
 
 
-def _watched(execute: Any) -> Any:
-    @functools.wraps(execute)
-    def executed(self: Any, function: Any, data: Any) -> Any:
-        event_loop.refuse_sync_call()
-        if lm_call.run().examples_once:
-            # DSPy runs the last ones again that take 120 s. A bar that is not finished is drawn by another thread, or
-            # by the garbage collector, which nobody can tell from the application's own output.
-            self.timeout = 0
-            self.disable_progress_bar = True
-        return execute(self, function, data)
-
-    return executed
+@dspy_internals.EXECUTE.replace
+def _execute_all(executor: Any, function: Any, data: Any) -> Any:
+    """DSPy's executor runs a batch, `dspy.Parallel` and evaluations in threads and waits for them."""
+    event_loop.refuse_sync_call()
+    if lm_call.run().examples_once:
+        # DSPy runs the last ones again that take 120 s. A bar that is not finished is drawn by another thread, or by
+        # the garbage collector, which nobody can tell from the application's own output.
+        executor.timeout = 0
+        executor.disable_progress_bar = True
+    return dspy_internals.EXECUTE.value(executor, function, data)

@@ -1,15 +1,16 @@
-"""The LM call under way: where it goes, for which run, and all that is recorded of it. Imports DSPy.
+"""The LM call under way: where it goes, for which run, on which loop, and all that is recorded of it. Imports DSPy.
 
 `transport` sends its requests by it, `metering` shows it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import dspy
 
@@ -19,6 +20,7 @@ from dspy_bridge.lm.rate_limits import Lane
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.runtime.worker_threads import Job
 
+T = TypeVar("T")
 # The DSPy setting that has the `RunContext`: DSPy's threads have its settings, but no other context.
 RUN = tracing.RUN
 
@@ -186,3 +188,39 @@ def of(target: Target | None) -> Iterator[None]:
     finally:
         current.reset(token)
         call.end_wait()
+
+
+_main: asyncio.AbstractEventLoop | None = None
+
+
+def begin_on_main_loop() -> None:
+    """Called by each run on its event loop, where what LM calls share is used: the limits of their accounts, first of
+    all."""
+    global _main
+    _main = asyncio.get_running_loop()
+
+
+def main_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop on which runs begin; None before the first one."""
+    return None if _main is None or _main.is_closed() else _main
+
+
+async def on_main_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` there, from any loop."""
+    loop = main_loop()
+    if loop in (None, asyncio.get_running_loop()):
+        return await work
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+
+
+def call_on_main_loop(work: Callable[..., object], *args: Any) -> None:
+    """Call `work` there: at once if this is that loop, else soon. From any thread."""
+    loop = main_loop()
+    try:
+        here = loop in (None, asyncio.get_running_loop())
+    except RuntimeError:  # in a thread
+        here = False
+    if here:
+        work(*args)
+    elif loop is not None:
+        loop.call_soon_threadsafe(work, *args)

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dspy_bridge.errors import InvalidArgs, nearest
-from dspy_bridge.lm import servers
 from dspy_bridge.lm.rate_limits import Limits
+from dspy_bridge.lm.transport import routes
 from dspy_bridge.logs import redaction
 
 CONNECT_TIMEOUT = 2.0
@@ -35,6 +35,9 @@ _OF_CALLS = (
     *("reasoning_effort", "reasoning", "thinking", "verbosity", "modalities", "audio", "prediction", "user"),
     *("metadata", "store", "service_tier", "web_search_options", "extra_body", "cache", "rollout_id", "extra"),
 )
+# Those that are numbers, and whole ones. A wrong type reaches the provider, if LiteLLM is there.
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_WHOLE = ("max_tokens", "max_completion_tokens", "top_k", "n", "seed", "top_logprobs")
 _OF_LMS = (
     *("model", "model_type", "num_retries", "use_developer_role", "finetuning_model", "engine"),
     *("inherit", "answers", "supports"),
@@ -50,9 +53,9 @@ _OBJECTS = frozenset(
 _OTHER_LMS = frozenset(("fallbacks", "context_window_fallback_dict", "model_list", "litellm_params"))
 # Arguments of a call, which DSPy gives.
 _OWN = frozenset(("messages", "prompt", "request"))
-_NAMES = frozenset((*servers.ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
+_NAMES = frozenset((*routes.ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
 # `metering/endings` takes the last one before a `config` comes here.
-_CONFIG_NAMES = frozenset((*servers.ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
+_CONFIG_NAMES = frozenset((*routes.ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
 
 
 # The plausible range of numbers; anything else is a mistake.
@@ -96,22 +99,22 @@ def complete(
         raise InvalidArgs(f"{where}.inherit: expected true or false")
     options = {name: value for name, value in options.items() if name != "inherit" and value is not None}
     split(options, where)
-    servers.refuse_ignored_address(options, where)
+    routes.refuse_ignored_address(options, where)
     if of_settings:
         return options
-    places = servers.places(options)
+    places = routes.places(options)
     if places:
         if places.keys() != {"custom_llm_provider"}:
             options.setdefault("api_key", NO_KEY)
         return options
-    if default is None or not inherit or not servers.have_one_provider(options, default):
+    if default is None or not inherit or not routes.have_one_provider(options, default):
         return options
     return {**_inherited(options, default), **options}
 
 
 def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Complete options with what a `config` says of the connection or the cache. Raises `InvalidArgs`."""
-    own = (*servers.ADDRESSES, *_OF_SERVER, _KEY_OF)
+    own = (*routes.ADDRESSES, *_OF_SERVER, _KEY_OF)
     kept = {name: value for name, value in options.items() if name not in own}
     return complete({**kept, **changes}, "config", options)
 
@@ -119,6 +122,7 @@ def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def split(options: dict[str, Any], where: str) -> LMOptions:
     """Complete options as `LMOptions`. Raises `InvalidArgs`."""
     of_dspy = dict(options)
+    _refuse_wrong_numbers(of_dspy, where)
     timeout = of_dspy.pop("connect_timeout", CONNECT_TIMEOUT)
     if not _is_positive(timeout):
         raise InvalidArgs(f"{where}.connect_timeout: expected a positive number of seconds")
@@ -131,7 +135,7 @@ def split(options: dict[str, Any], where: str) -> LMOptions:
     limits = _limits({name: of_dspy.pop(name, None) for name in Limits._fields}, where)
     key_of = of_dspy.pop(_KEY_OF, None)
     model = of_dspy.pop("model")
-    of_dspy.update(servers.of_environment(model, of_dspy))
+    of_dspy.update(routes.of_environment(model, of_dspy))
     return LMOptions(model, of_dspy, scope, float(timeout), limits, supports, key_of)
 
 
@@ -141,11 +145,12 @@ def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     Those are of the connection, and of the cache.
     """
     refuse_unknown(given, _CONFIG_NAMES, "config")
-    elsewhere = isinstance(given.get("extra"), dict) and servers.places({"extra": given["extra"]})
+    _refuse_wrong_numbers(given, "config")
+    elsewhere = isinstance(given.get("extra"), dict) and routes.places({"extra": given["extra"]})
     of_lm = {
         name: given[name]
         for name in given
-        if name in servers.ADDRESSES or (name in _OF_SERVER and (name != "extra" or elsewhere))
+        if name in routes.ADDRESSES or (name in _OF_SERVER and (name != "extra" or elsewhere))
     }
     settings = {name: value for name, value in given.items() if name not in of_lm}
     if isinstance(settings.get("cache"), dict):
@@ -161,18 +166,25 @@ def refuse_unknown(given: Iterable[str], known: frozenset[str], where: str) -> N
             raise InvalidArgs(f"{where}.{name}: cannot be given as JSON")
         if name not in known:
             near = nearest(name, sorted(known))
-            meant = f"did you mean {near}? " if near else ""
-            raise InvalidArgs(f"{where}.{name}: unknown option; {meant}What only your provider takes goes under extra")
+            hint = f"did you mean {near}?" if near else "what only your provider takes goes under extra"
+            raise InvalidArgs(f"{where}.{name}: unknown option; {hint}")
+
+
+def _refuse_wrong_numbers(options: dict[str, Any], where: str) -> None:
+    for names, kinds, expected in ((_NUMBERS, (int, float), "a number"), (_WHOLE, (int,), "a whole number")):
+        for name in names:
+            if options.get(name) is not None and type(options[name]) not in kinds:
+                raise InvalidArgs(f"{where}.{name}: expected {expected}")
 
 
 def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    names = [*servers.ADDRESSES, *_OF_SERVER]
+    names = [*routes.ADDRESSES, *_OF_SERVER]
     if options["model"] == default["model"]:
         # Another model of the server may do other things, and LiteLLM may ask another provider for it.
         names += ["supports", _KEY_OF]
     inherited = {name: default[name] for name in names if name in default}
-    if options["model"] != default["model"] and not servers.places(default) and options.get("model_type") != "text":
-        inherited[_KEY_OF] = servers.provider(options)
+    if options["model"] != default["model"] and not routes.places(default) and options.get("model_type") != "text":
+        inherited[_KEY_OF] = routes.provider_of(options)
     if "api_key" in options:
         # Headers may hold a key, too, of another account then.
         for name in ("headers", "extra_headers"):

@@ -14,8 +14,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import lm_factory, lm_options
-from dspy_bridge.lm.transport import litellm_route, outgoing
+from dspy_bridge.lm import dspy_setup, lm_options
 
 # For each question; a small model on a busy machine takes long to read even these.
 SECONDS = 60
@@ -50,9 +49,6 @@ def ask(model: str, of_dspy: dict[str, Any], supports: frozenset[str] | None) ->
     `ms`: of its first answer; `response_schema`, `function_calling`: whether it honours them; `supports`: the option
     that says so, None if it is already known. Or `error` and `kind`, the error's class.
     """
-    # No redirect is followed then, and no answer without end is read.
-    outgoing.install()
-    litellm_route.install()
     lm = _make(model, of_dspy)
     found: dict[str, Any] = {}
     try:
@@ -75,9 +71,9 @@ def _make(model: str, of_dspy: dict[str, Any]) -> Any:
     options = {"model": model, **of_dspy, "cache": False, "num_retries": 0}
     limited = {"max_tokens", "max_completion_tokens"} & options.keys()
     try:
-        return lm_factory.make({**options, **({} if limited else {"max_tokens": _MAX_TOKENS})})
+        return dspy_setup.make_lm({**options, **({} if limited else {"max_tokens": _MAX_TOKENS})})
     except InvalidArgs:  # a reasoning model, which needs more
-        return lm_factory.make(options)
+        return dspy_setup.make_lm(options)
 
 
 def _call(lm: Any, found: dict[str, Any], question: str, *, must: bool = False, **options: Any) -> Any:

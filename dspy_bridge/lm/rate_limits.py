@@ -2,7 +2,7 @@
 
 An account is a server and a key; it has one gate. LMs of an account may name different limits: requests with equal
 ones wait in one lane, first in, first out, and all requests of the account count in each lane. Everything here is
-called on one event loop, by `transport/admission`, which has the timer; lanes are made in any thread.
+called on one event loop, by `transport/outgoing`, which has the timer; lanes are made in any thread.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -58,14 +60,18 @@ class Bucket:
 
 
 class Ticket:
-    """A request, from its wait to the end of its answer. `settle`: called once, when it may go (None) or is refused."""
+    """A request, from its wait to the end of its answer. `gone`: done when it may go, or is refused."""
 
-    def __init__(self, lane: Lane, deadline: float | None, settle: Callable[[Overloaded | None], object]) -> None:
+    def __init__(self, lane: Lane, deadline: float | None) -> None:
         """`deadline`: in seconds of the gate's clock; None for none."""
         self.lane = lane
         self.deadline = deadline
-        self.settle = settle
+        self.gone: Future[None] = Future()
         self.running = False
+
+    def settle(self, refusal: Overloaded | None = None) -> None:
+        if self.gone.set_running_or_notify_cancel():
+            self.gone.set_result(None) if refusal is None else self.gone.set_exception(refusal)
 
 
 class Lane:
@@ -128,8 +134,8 @@ class Gate:
         """Take a place at the end of its lane, unless the wait would go past the deadline."""
         if (refusal := self._refusal(ticket, len(ticket.lane.waiting))) is not None:
             ticket.settle(refusal)
-            return
-        ticket.lane.waiting[ticket] = None
+        else:
+            ticket.lane.waiting[ticket] = None
 
     def leave(self, ticket: Ticket) -> None:
         """Give a place back, waiting or in flight. May be called again."""
@@ -175,7 +181,7 @@ class Gate:
                 for each in self.lanes():
                     if each.requests is not None:
                         each.requests.take(1, self.clock(), into_debt=each is lane)
-                ticket.settle(None)
+                ticket.settle()
         return soonest
 
     def _refusal(self, ticket: Ticket, ahead: int) -> Overloaded | None:
@@ -191,15 +197,14 @@ class Gate:
 
 
 _lock = threading.Lock()
-_gates: OrderedDict[bytes, Gate] = OrderedDict()
+
+
+@lru_cache(_MOST_GATES)
+def _gate(_account: bytes) -> Gate:
+    return Gate()
 
 
 def lane(account: str, limits: Limits) -> Lane:
     """The lane for an LM. `account`: what identifies the server and the key; it is not kept."""
-    key = sha256(account.encode(errors="surrogatepass")).digest()
     with _lock:
-        gate = _gates.setdefault(key, Gate())
-        _gates.move_to_end(key)
-        if len(_gates) > _MOST_GATES:
-            _gates.popitem(last=False)
-        return gate.lane(limits)
+        return _gate(sha256(account.encode(errors="surrogatepass")).digest()).lane(limits)

@@ -26,7 +26,7 @@ class Candidates:
         start: dict[str, Any],
         state_of: Callable[[Any], dict[str, Any]],
         run: Run,
-        send: Callable[[dict[str, Any]], None] | None,
+        send: Callable[[dict[str, Any]], None],
     ) -> None:
         """`whole`: how many examples a whole evaluation has, if that is known before. `start`: the state at first."""
         self._optimizer = optimizer
@@ -92,8 +92,6 @@ class Candidates:
 
     def report(self) -> None:
         """Send the progress, at most ten times a second."""
-        if self._send is None:
-            return
         with self._lock:
             now = time.monotonic()
             if now < self._next_progress:
@@ -122,5 +120,4 @@ class Candidates:
                 self._best = score, state
                 item["state"] = state
         # Not with the lock: this waits for the client, and the reply needs the lock.
-        if self._send is not None:
-            self._send({"candidate": item})
+        self._send({"candidate": item})

@@ -1,22 +1,61 @@
-"""DSPy's optimizers: the options that may be chosen of each, building one, and running it. Imports DSPy.
-
-What DSPy refuses itself is `invalid_args` in `optimization`.
-"""
+"""DSPy's optimizers: the argument `optimize`, the options of each, building one, and running it. Imports DSPy."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import dspy
 import pydantic
+from pydantic import Field
 
-from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.optimizing.arguments import Optimize
+from dspy_bridge.errors import InvalidArgs, refuse_unknown
 from dspy_bridge.programs.saved_state import MAX_DEMOS
-from dspy_bridge.signatures import validation_errors
+from dspy_bridge.signatures import validation
+
+Optimizer = Literal["labeled_few_shot", "bootstrap_few_shot", "random_search", "copro", "mipro_v2", "simba", "gepa"]
+OPTIMIZERS = get_args(Optimizer)
+# The LMs that an optimizer asks for itself, next to that of the program, and the keywords by which DSPy takes them.
+LM_ROLES = {"prompt_lm": "prompt_model", "teacher_lm": "teacher_settings", "reflection_lm": "reflection_lm"}
+# numpy's generators take no more.
+MAX_SEED = 2**32 - 1
+
+
+class Budget(pydantic.BaseModel, strict=True):
+    """The limits of a run; None: none."""
+
+    lm_calls: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+    seconds: float | None = Field(default=None, gt=0, le=10**9)
+
+
+class Valset(pydantic.BaseModel, strict=True):
+    """What candidates are scored on. `expected`: one object for each of the inputs."""
+
+    inputs: list[Any] = Field(min_length=1)
+    expected: list[Any] | None = None
+
+
+class Optimize(pydantic.BaseModel, strict=True):
+    """What is to be run. The LMs are not checked yet."""
+
+    optimizer: Optimizer
+    options: dict[str, Any] = {}
+    valset: Valset | None = None
+    num_threads: int = Field(default=8, ge=1, le=64)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    prompt_lm: Any = None
+    teacher_lm: Any = None
+    reflection_lm: Any = None
+    budget: Budget = Budget()
+
+    @property
+    def lms(self) -> dict[str, Any]:
+        given = {role: getattr(self, role) for role in LM_ROLES}
+        return {role: lm for role, lm in given.items() if lm is not None}
+
 
 _CLASSES: dict[str, Any] = {
     "labeled_few_shot": dspy.LabeledFewShot,
@@ -27,70 +66,85 @@ _CLASSES: dict[str, Any] = {
     "simba": dspy.SIMBA,
     "gepa": dspy.GEPA,
 }
-# The keyword by which DSPy's constructors take the LM of a role.
-_KEYWORDS = {"prompt_lm": "prompt_model", "teacher_lm": "teacher_settings", "reflection_lm": "reflection_lm"}
 _NEEDS = {"mipro_v2": "optuna", "simba": "numpy", "gepa": "gepa"}
 _SCORED_ON = {"random_search": "valset", "copro": "trainset", "simba": "trainset", "gepa": "valset"}
 
 # DSPy makes lists of that length.
-_COUNT = Annotated[int, pydantic.Field(ge=0, le=1_000_000)]
-_DEMOS = Annotated[int, pydantic.Field(ge=0, le=MAX_DEMOS)]
-_NUMBER = Annotated[float, pydantic.Field(allow_inf_nan=False)]
-_AUTO = Literal["light", "medium", "heavy"]
-_BOOTSTRAP = {
-    "max_bootstrapped_demos": _DEMOS,
-    "max_labeled_demos": _DEMOS,
-    "max_rounds": _COUNT,
-    "metric_threshold": _NUMBER,
-}
-# Not among them: what is a Python object, writes files, or belongs to the run (metric, LMs, threads, seed, statistics).
-OPTIONS: dict[str, dict[str, Any]] = {
-    "labeled_few_shot": {"k": _DEMOS, "sample": bool},
-    "bootstrap_few_shot": _BOOTSTRAP,
-    "random_search": {**_BOOTSTRAP, "num_candidate_programs": _COUNT, "stop_at_score": _NUMBER, "labeled_sample": bool},
-    "copro": {"breadth": _COUNT, "depth": _COUNT, "init_temperature": _NUMBER},
-    "mipro_v2": {
-        "auto": _AUTO | None,
-        **dict.fromkeys(("max_bootstrapped_demos", "max_labeled_demos"), _DEMOS),
-        **dict.fromkeys(("metric_threshold", "init_temperature"), _NUMBER),
-        **dict.fromkeys(("num_candidates", "num_trials", "minibatch_size", "view_data_batch_size"), _COUNT),
-        "minibatch_full_eval_steps": _COUNT,
-        "minibatch": bool,
-        **{f"{kind}_aware_proposer": bool for kind in ("program", "data", "tip", "fewshot")},
-    },
-    "simba": {
-        **dict.fromkeys(("bsize", "num_candidates", "max_steps", "demo_input_field_maxlen"), _COUNT),
-        "max_demos": _DEMOS,
-        **dict.fromkeys(("temperature_for_sampling", "temperature_for_candidates"), _NUMBER),
-    },
-    "gepa": {
-        "auto": _AUTO,
-        **dict.fromkeys(("max_full_evals", "max_metric_calls", "reflection_minibatch_size"), _COUNT),
-        "candidate_selection_strategy": Literal["pareto", "current_best"],
-        "component_selector": Literal["round_robin", "all"],
-        **dict.fromkeys(("skip_perfect_score", "add_format_failure_as_feedback", "use_merge"), bool),
-        "max_merge_invocations": _COUNT,
-        **dict.fromkeys(("failure_score", "perfect_score"), _NUMBER),
-    },
+_COUNT = Annotated[int, Field(ge=0, le=1_000_000)]
+_DEMOS = Annotated[int, Field(ge=0, le=MAX_DEMOS)]
+_NUMBER = Annotated[float, Field(allow_inf_nan=False)]
+# Of each optimizer those that its class or its `compile` has as parameters. Not among them: what is a Python object,
+# writes files, or belongs to the run (metric, LMs, threads, seed, statistics).
+_OPTIONS: dict[str, Any] = {
+    "auto": Literal["light", "medium", "heavy"] | None,
+    **dict.fromkeys(("k", "max_bootstrapped_demos", "max_demos", "max_labeled_demos"), _DEMOS),
+    **dict.fromkeys(("breadth", "bsize", "demo_input_field_maxlen", "depth", "max_full_evals"), _COUNT),
+    **dict.fromkeys(("max_merge_invocations", "max_metric_calls", "max_rounds", "max_steps"), _COUNT),
+    **dict.fromkeys(("minibatch_full_eval_steps", "minibatch_size", "num_candidate_programs"), _COUNT),
+    **dict.fromkeys(("num_candidates", "num_trials", "reflection_minibatch_size", "view_data_batch_size"), _COUNT),
+    **dict.fromkeys(("failure_score", "init_temperature", "metric_threshold", "perfect_score"), _NUMBER),
+    **dict.fromkeys(("stop_at_score", "temperature_for_candidates", "temperature_for_sampling"), _NUMBER),
+    **dict.fromkeys(("add_format_failure_as_feedback", "labeled_sample", "minibatch", "sample"), bool),
+    **dict.fromkeys(("skip_perfect_score", "use_merge"), bool),
+    **{f"{kind}_aware_proposer": bool for kind in ("program", "data", "tip", "fewshot")},
+    "candidate_selection_strategy": Literal["pareto", "current_best"],
+    "component_selector": Literal["round_robin", "all"],
 }
 
 
-def check(given: Optimize, trainset_size: int) -> None:
-    """Whether this optimizer can run with this. Blocks. Raises `InvalidArgs`, naming the key or the missing package."""
-    name = given.optimizer
-    _check_package(name)
+def options(name: str) -> dict[str, Any]:
+    """The types of an optimizer's options."""
+    return {option: _OPTIONS[option] for option in _takes(name) if option in _OPTIONS}
+
+
+def read(value: object, trainset_size: int) -> Optimize:
+    """The argument `optimize`, which can be run. A key that is null counts as absent. Blocks: it imports packages.
+
+    Raises `InvalidArgs`, naming the key or the missing package.
+    """
+    if not isinstance(value, dict):
+        raise InvalidArgs("optimize: expected an object with optimizer")
+    for part, model, where in (
+        (value, Optimize, "optimize"),
+        (value.get("valset"), Valset, "optimize.valset"),
+        (value.get("budget"), Budget, "optimize.budget"),
+    ):
+        if isinstance(part, dict):
+            refuse_unknown(part, model.model_fields, where)
+    try:
+        given = Optimize.model_validate({key: of_key for key, of_key in value.items() if of_key is not None})
+    except pydantic.ValidationError as error:
+        raise validation.describe("optimize", error) from None
+    name, valset = given.optimizer, given.valset
+    if valset is not None and valset.expected is not None and len(valset.expected) != len(valset.inputs):
+        counts = f"{len(valset.inputs)} objects, one for each of the inputs, got {len(valset.expected)}"
+        raise InvalidArgs(f"optimize.valset.expected: expected {counts}")
+    try:
+        # Not as it runs: optuna keeps the traceback of an import that failed, and so all that led to it.
+        importlib.import_module(_NEEDS.get(name, "dspy"))
+    except ImportError as error:
+        how = "`mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
+        if name == "gepa":  # DSPy brings it, where it supports the Python
+            how = "pip install gepa, which this Python may be too new for"
+        text = f"optimize.optimizer: {name} needs the Python package {_NEEDS[name]}; install it with {how}"
+        raise InvalidArgs(text) from error
     takes = _takes(name)
     for role in given.lms:
-        if _KEYWORDS[role] not in takes:
+        if LM_ROLES[role] not in takes:
             raise InvalidArgs(f"optimize.{role}: {name} has no use for it")
-    for key, value in (("seed", given.seed), ("valset", given.valset)):
-        if value is not None and key not in takes:
+    for key in ("seed", "valset"):
+        if getattr(given, key) is not None and key not in takes:
             raise InvalidArgs(f"optimize.{key}: {name} takes none")
-    for option in _options(given):
-        if option not in takes:
-            raise InvalidArgs(f"optimize.options.{option}: the installed DSPy has no such option of {name}")
+    given.options = validation.read_options(given.options, options(name), "optimize.options")
     if trainset_size == 0:
         raise InvalidArgs("inputs: expected at least one example to optimize with")
+    return given
+
+
+def _takes(name: str) -> dict[str, inspect.Parameter]:
+    """The parameters of `compile` and of the constructor."""
+    cls = _CLASSES[name]
+    return {**inspect.signature(cls.compile).parameters, **inspect.signature(cls).parameters}
 
 
 def compile(
@@ -98,33 +152,28 @@ def compile(
     student: dspy.Module,
     trainset: list[dspy.Example],
     valset: list[dspy.Example] | None,
-    metrics: Any,
+    metric: Any,
     lms: Mapping[str, dspy.BaseLM],
 ) -> dspy.Module:
-    """The student optimized, after `check`: a module of the same kind. Blocks; the LM is that of `dspy.context`.
-
-    `metrics`: has the metric as `score`, `simba` and `gepa`. Raises what DSPy raises.
-    """
+    """The student optimized: a module of the same kind. Blocks; the LM is that of `dspy.context`."""
     cls = _CLASSES[given.optimizer]
     of_constructor, takes = inspect.signature(cls).parameters, _takes(given.optimizer)
-    chosen = _options(given)
-    if "stop_at_score" in chosen:
-        # DSPy compares it with a mean that it has rounded so, in percent.
-        chosen["stop_at_score"] = round(100 * chosen["stop_at_score"], 2)
-    ours: dict[str, Any] = {
+    every: dict[str, Any] = {
+        **given.options,
         "num_threads": given.num_threads,
         # COPRO's threads.
         "eval_kwargs": {"num_threads": given.num_threads},
         "track_stats": False,
-        "metric": getattr(metrics, given.optimizer, metrics.score),
+        "metric": metric,
+        **{LM_ROLES[role]: {"lm": lm} if role == "teacher_lm" else lm for role, lm in lms.items()},
     }
-    for role, lm in lms.items():
-        ours[_KEYWORDS[role]] = {"lm": lm} if role == "teacher_lm" else lm
+    if "stop_at_score" in every:
+        # DSPy compares it with a mean that it has rounded so, in percent.
+        every["stop_at_score"] = round(100 * every["stop_at_score"], 2)
     if given.seed is not None:
-        ours["seed"] = given.seed
+        every["seed"] = given.seed
     if valset is not None:
-        ours["valset"] = valset
-    every = {**chosen, **ours}
+        every["valset"] = valset
     # A seed of MIPROv2's `compile` may not be 0, so the constructor comes first.
     teleprompter = cls(**{name: every[name] for name in every if name in of_constructor})
     rest = {name: every[name] for name in every if name in takes and name not in of_constructor}
@@ -141,32 +190,4 @@ def scored_on(given: Optimize, trainset_size: int) -> int | None:
 
 def own_role(given: Optimize) -> str:
     """The role of an LM that was not given, and that the optimizer's own code asks; empty if there is none."""
-    return "prompt_lm" if _KEYWORDS["prompt_lm"] in _takes(given.optimizer) else ""
-
-
-def _takes(name: str) -> dict[str, inspect.Parameter]:
-    """The parameters of `compile` and of the constructor."""
-    cls = _CLASSES[name]
-    return {**inspect.signature(cls.compile).parameters, **inspect.signature(cls).parameters}
-
-
-def _options(given: Optimize) -> dict[str, Any]:
-    return validation_errors.read_options(given.options, OPTIONS[given.optimizer], "optimize.options")
-
-
-def _check_package(name: str) -> None:
-    """Import the package that the optimizer needs.
-
-    Not as it runs: optuna keeps the traceback of an import that failed, and so all that led to it.
-    """
-    needs = _NEEDS.get(name)
-    try:
-        if needs is not None:
-            importlib.import_module(needs)
-    except ImportError as error:
-        # DSPy brings gepa itself, where gepa supports the Python.
-        how = f"pip install {needs}, which this Python may be too new for"
-        if needs != "gepa":
-            how = "`mix dspex.setup --with optimizers`, or pip install 'dspy-bridge[optimizers]'"
-        text = f"optimize.optimizer: {name} needs the Python package {needs}; install it with {how}"
-        raise InvalidArgs(text) from error
+    return "prompt_lm" if LM_ROLES["prompt_lm"] in _takes(given.optimizer) else ""

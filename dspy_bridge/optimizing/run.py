@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import dspy
 
-from dspy_bridge.dispatch.call import Call, Limiter
+from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import lm_call
 from dspy_bridge.logs import peer_log
-from dspy_bridge.optimizing.arguments import Budget
+from dspy_bridge.optimizing.optimizers import Budget
 from dspy_bridge.runtime import worker_threads
 
 # So many calls of LMs that fail in a row end the run: DSPy would go on for hours with scores of 0.
@@ -31,12 +31,13 @@ class Ended(BaseException):
 class Run(lm_call.RunContext):
     """Carried in DSPy's settings, which DSPy's threads have; they have no other context.
 
-    `ending`: done with the name of the spent budget, or with the error, if the run ends before its optimizer does.
+    `ending`: done with the name of the spent budget, or with the error, if the run ends before its optimizer does;
+    cancelled once it is over.
     """
 
     examples_once = True
 
-    def __init__(self, call: Call, limiter: Limiter, budget: Budget) -> None:
+    def __init__(self, call: Call, budget: Budget) -> None:
         """On the event loop."""
         super().__init__(call.ends, call)
         # Of `student`, which finds itself by the run.
@@ -47,11 +48,9 @@ class Run(lm_call.RunContext):
         self.metric_calls = 0
         self.tokens = 0
         self._budget = budget
-        self._limiter = limiter
         self._loop = asyncio.get_running_loop()
         self.ending: Future[str | BaseException] = Future()
         self._lock = threading.Lock()
-        self._over = False
         # By the role of an LM, which is empty for that of the program: consecutive failures, and the last one.
         self._failures: Counter[str] = Counter()
         self._last_failure: dict[str, Exception] = {}
@@ -63,29 +62,24 @@ class Run(lm_call.RunContext):
 
     def end(self, why: str | BaseException) -> None:
         """End the run: with an error, or because the budget of that name is spent. The first reason counts."""
-        with self._lock:
-            if self._over:
-                return
-            self._over = True
-        self.ending.set_result(why)
+        with contextlib.suppress(InvalidStateError):
+            self.ending.set_result(why)
 
     def close(self) -> None:
         """Whatever the run's code still does ends at its next step."""
-        with self._lock:
-            self._over = True
+        self.ending.cancel()
         # It has this run and its LMs: as a cycle they would stay, with their connections, until garbage is collected.
         self._context = None
 
     def check(self) -> None:
         """Raises `Ended` once the run is over."""
-        if self._over:
+        if self.ending.done():
             raise Ended
 
     def request(self) -> None:
         """Count a request to an LM. Raises `Ended` if the budget has none left."""
+        self.check()
         with self._lock:
-            if self._over:
-                raise Ended
             spent = self._budget.lm_calls is not None and self.lm_calls >= self._budget.lm_calls
             self.lm_calls += not spent
         if spent:
@@ -138,29 +132,30 @@ class Run(lm_call.RunContext):
 
     # On an event loop.
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """A slot of the peer's limiter: the run itself holds none, so that its LM calls and other runs take turns."""
         self.check()
-        # The limiter belongs to the other loop if inputs are large.
         granted: Future[None] = Future()
-        slots: list[asyncio.Future[None]] = []
-
-        def ask() -> None:
-            slots.append(self._limiter.slot())
-            slots[0].add_done_callback(grant)
-
-        def grant(_slot: object) -> None:
-            if granted.set_running_or_notify_cancel():
-                granted.set_result(None)
-
-        self._loop.call_soon_threadsafe(ask)
+        # The limiter belongs to the other loop if inputs are large.
+        held = asyncio.run_coroutine_threadsafe(self._hold(granted), self._loop)
         try:
             await asyncio.wrap_future(granted)
             self.check()
             yield
         finally:
-            self._loop.call_soon_threadsafe(lambda: self._limiter.leave(slots[0]))
+            held.cancel()
+
+    async def _hold(self, granted: Future[None]) -> None:
+        limiter = self.call.limiter
+        slot = limiter.slot()
+        try:
+            await slot
+            if granted.set_running_or_notify_cancel():
+                granted.set_result(None)
+            await self._loop.create_future()  # until it is cancelled
+        finally:
+            limiter.leave(slot)
 
     # In the run's threads.
 
@@ -170,7 +165,7 @@ class Run(lm_call.RunContext):
         self._context = contextvars.copy_context()
         self.job = worker_threads.current.get()
 
-    @contextmanager
+    @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Give a thread of DSPy's the context variables of the run. Raises `Ended` once the run is over."""
         self.check()

@@ -11,9 +11,9 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm.dspy_setup import LMs
-from dspy_bridge.programs import remote_tools, sandbox, scores
-from dspy_bridge.programs.runners import CodeRunner, Runner, ScoredRunner, ToolCallRunner
-from dspy_bridge.signatures import validation_errors
+from dspy_bridge.programs import remote_tools, scores
+from dspy_bridge.programs.runners import CodeRunner, Runner, Sandboxes, ScoredRunner, ToolCallRunner
+from dspy_bridge.signatures import media, validation
 from dspy_bridge.signatures.validation import Contract
 
 # Program type to DSPy's class.
@@ -53,7 +53,7 @@ _OWN_FIELDS = {
     "chain_of_thought": {"reasoning"},
     "react": {"trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning"},
     "refine": {"hint_"},
-    "multi_chain_comparison": {"rationale"},
+    "multi_chain_comparison": {"rationale", *(f"reasoning_attempt_{number}" for number in range(1, 101))},
     "rlm": {"trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory"},
 }
 _OWN_ARGUMENTS = {("react", "inputs"): {"module"}, ("react", "outputs"): {"self"}, ("rlm", "outputs"): {"self"}}
@@ -71,7 +71,7 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
     if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
         raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
     given = definition.get("options")
-    if given is not None and not isinstance(given, dict):
+    if not isinstance(given, dict | None):
         raise InvalidArgs("options: expected an object of the module's settings")
     if program_type == "rlm" and not lms.settings.allow_code:
         raise NotAllowed("program_type: rlm runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
@@ -82,28 +82,21 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
         return Runner(_user_module(program_type, signature, given or {}, tools, lms), takes_config=False)
     # DSPy's own spelling is N and M.
     lower = {name.lower() if len(name) == 1 else name: value for name, value in (given or {}).items()}
-    chosen = validation_errors.read_options(lower, OPTIONS[program_type], "options")
+    chosen = validation.read_options(lower, OPTIONS[program_type], "options")
     if "module" in chosen:
         _check_fields(chosen["module"], signature)
     return _make(program_type, contract, chosen, tools, lms)
 
 
 def _make(
-    program_type: str,
-    contract: Contract,
-    chosen: dict[str, Any],
-    tools: list[remote_tools.RemoteTool],
-    lms: LMs,
+    program_type: str, contract: Contract, chosen: dict[str, Any], tools: list[remote_tools.RemoteTool], lms: LMs
 ) -> Runner:
     signature = contract.signature
-    # DSPy drops deprecated modules.
-    kind = getattr(dspy, TYPES[program_type], None)
-    if kind is None:
-        raise InvalidArgs(f"program_type: DSPy {dspy.__version__} does not have dspy.{TYPES[program_type]}")
+    kind = getattr(dspy, TYPES[program_type])
     if program_type in ("best_of_n", "refine"):
         if "reward" not in chosen:
             raise InvalidArgs("options.reward: missing")
-        reward = scores.read_reward(chosen.pop("reward"), signature)
+        reward = scores.Reward(chosen.pop("reward"), signature)
         # The reward is not a tool for the LM, even if it is declared as one.
         tools = [tool for tool in tools if tool.name != reward.tool]
         inner, count = chosen.pop("module", "predict"), chosen.pop("n", 3)
@@ -129,7 +122,7 @@ def _make(
             if odd := [arg for arg in tool.args if not remote_tools.is_parameter(arg)]:
                 raise InvalidArgs(f"tools: {tool.name}: {odd[0]!r} is no name of a Python argument, which rlm needs")
         try:
-            module = kind(signature, tools=list(tools), interpreter_factory=sandbox.Factory(), **chosen)
+            module = kind(signature, tools=list(tools), interpreter_factory=Sandboxes(), **chosen)
         except (TypeError, ValueError) as error:
             # A tool or a field must not shadow a function of the sandbox.
             raise InvalidArgs(f"signature, tools: {error}") from None
@@ -140,12 +133,13 @@ def _make(
 def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:
     """The validator of what a MultiChainComparison compares."""
 
-    def fits(one: object) -> bool:
-        return isinstance(one, dict) and answer in one and isinstance(one.get("rationale", one.get("reasoning")), str)
-
     def check(given: Any) -> Any:
-        if not isinstance(given, list) or len(given) != count or not all(map(fits, given)):
-            raise validation_errors.unfit(f"expected a list of {count} objects with reasoning and {answer}")
+        fit = isinstance(given, list) and len(given) == count
+        for one in given if fit else ():
+            fit = fit and isinstance(one, dict) and answer in one
+            fit = fit and isinstance(one.get("rationale", one.get("reasoning")), str)
+        if not fit:
+            raise media.unfit(f"expected a list of {count} objects with reasoning and {answer}")
         return given
 
     return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(check)])
@@ -157,11 +151,9 @@ def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
         if where == "outputs":
             own.discard("reasoning")  # it is the same field
         for name in fields:
-            attempt = program_type == "multi_chain_comparison" and name.startswith("reasoning_attempt_")
-            if name in own or attempt:
-                raise InvalidArgs(
-                    f"signature.{where}: {program_type} has a field {name!r} of its own; choose another name"
-                )
+            if name in own:
+                text = f"{program_type} has a field {name!r} of its own; choose another name"
+                raise InvalidArgs(f"signature.{where}: {text}")
 
 
 def _user_module(

@@ -63,22 +63,16 @@ class Program:
         """What DSPy's `save` writes; of `module`, if it is given: one that an optimizer has made of the program's."""
         return saved_state.dump(self.runner.module if module is None else module, self._saved_lm)
 
-    def read_metric(self, given: dict[str, Any]) -> scores.Metric:
-        return scores.read_metric(given, self._contract.signature)
-
-    def expected(
-        self, metric: scores.Metric, inputs: list[Any], expected: list[Any] | None, where: str = ""
-    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """As `scores.read_examples`. `where`: of the lists, in errors. In a thread: it may take long."""
-        signature, files_dir = self._contract.signature, self._lms.settings.files_dir
-        return scores.read_examples(metric, inputs, expected, signature, files_dir, f"{where}expected")
+    def metric(self, given: dict[str, Any]) -> scores.Metric:
+        """That of the argument `metric`. Raises `InvalidArgs`."""
+        return scores.Metric(given, self._contract.signature, self._lms.settings.files_dir)
 
     def examples(
         self, metric: scores.Metric, inputs: list[Any], expected: list[Any] | None, where: str
     ) -> list[tuple[dspy.Example, dict[str, Any]]]:
-        """For an optimizer: each with what the metric gets of it. As `expected`."""
+        """For an optimizer: each with what the metric gets of it. `where`: of the lists, in errors."""
         examples = []
-        read = self.expected(metric, inputs, expected, where)
+        read = metric.examples(inputs, expected, f"{where}expected")
         for index, (item, (given, outputs)) in enumerate(zip(inputs, read, strict=True)):
             here = f"{where}inputs[{index}]"
             if not isinstance(item, dict):
@@ -94,9 +88,14 @@ class Program:
 
     def outputs(self, prediction: Any) -> dict[str, Any]:
         """The output fields of what the module returned. Raises `OutputInvalid`."""
-        return self._fitting(self._outputs(prediction))
-
-    def _fitting(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        fields = list(self._contract.signature.output_fields)
+        if isinstance(prediction, (dspy.Prediction, dict)):
+            outputs = dict(prediction.items())
+        elif len(fields) == 1:
+            outputs = {fields[0]: prediction}
+        else:
+            expected = f"expected a dspy.Prediction with {', '.join(fields)}"
+            raise OutputInvalid(f"the module returned {type(prediction).__name__}; {expected}", by_lm=False)
         # An LM that calls tools natively writes no other output.
         if not outputs.get("tool_calls"):
             self._contract.check_outputs(outputs)
@@ -108,8 +107,7 @@ class Program:
         run.refuses_cut_off = not self._allow_truncated
         found = self._lm_for({}, lm)[1] or dspy.settings.lm
         # Optimizers write into its settings.
-        own = found and found.copy()
-        with self._lms.context(own, self.runner.adapter(self._adapter), run):
+        with self._lms.context(found and found.copy(), self.runner.adapter(self._adapter), run):
             yield
 
     def lm(self, given: object, where: str) -> dspy.BaseLM:
@@ -150,10 +148,9 @@ class Program:
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         try:
             with self._lms.context(own_lm, runner.adapter(self._adapter), run):
-                outputs = await self._run(values, run, stream, attempts)
+                return await self._run(values, run, stream, attempts)
         except Exception as error:
             raise dspy_errors.translate(error, given) from error
-        return self._fitting(outputs)
 
     def _attempts(self, most: int, call: Call, streaming: Stream | None) -> corrections.Attempts:
         """How a run asks again for answers that do not fit."""
@@ -161,7 +158,7 @@ class Program:
         def fits(signature: Any, fields: dict[str, Any]) -> None:
             # A module of the user's may have a predictor with outputs of the same names, which mean something else.
             if self.of_dspy and self._contract.signature.output_fields.keys() <= signature.output_fields.keys():
-                self._fitting(dict(fields))
+                self.outputs(fields)
 
         def say(error: OutputInvalid) -> None:
             if streaming is not None:
@@ -214,20 +211,10 @@ class Program:
                 stack.enter_context(dspy.context(**streaming.settings()))
             if attempts > 1:
                 run.attempts = self._attempts(attempts, run.call, streaming)
-            outputs = self._outputs(await self.runner.run(values, self._threads))
+            outputs = self.outputs(await self.runner.run(values, self._threads))
             if streaming is not None:
                 await streaming.finish(outputs)
             return outputs
-
-    def _outputs(self, prediction: Any) -> dict[str, Any]:
-        if isinstance(prediction, (dspy.Prediction, dict)):
-            return dict(prediction.items())
-        fields = list(self._contract.signature.output_fields)
-        if len(fields) == 1:
-            return {fields[0]: prediction}
-        kind = type(prediction).__name__
-        text = f"the module returned {kind}; expected a dspy.Prediction with {', '.join(fields)}"
-        raise OutputInvalid(text, by_lm=False)
 
 
 def _without_types(value: Any) -> Any:

@@ -6,17 +6,20 @@ import asyncio
 import inspect
 import keyword
 import re
+from collections.abc import Callable
 from typing import Any
 
 import dspy
+import orjson
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs, ToolFailed, refuse_unknown
 from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.adapters import corrections, field_markers
 from dspy_bridge.programs import tool_args
-from dspy_bridge.runtime import worker_threads
+from dspy_bridge.runtime import large_inputs, worker_threads
 from dspy_bridge.signatures.builder import description
+from dspy_bridge.wire.json_values import encode_value
 
 # What providers with native function calling accept.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
@@ -24,18 +27,18 @@ MAX_TOOLS = 128
 
 
 class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
-    """A tool that the caller runs. The arguments are checked before."""
+    """A tool that the caller runs; `func.declared` has its arguments, which are checked before."""
 
     async def acall(self, /, **arguments: Any) -> Any:
         """LMs write null for an argument that they leave out, and the sandbox of an RLM sends it."""
-        left_out = self.func.null_is_left_out
+        left_out = {arg for arg, read in self.func.declared.items() if read.null_is_left_out}
         given = {arg: value for arg, value in arguments.items() if value is not None or arg not in left_out}
         return await super().acall(**given)
 
     def format_as_litellm_function_call(self) -> dict[str, Any]:
         """DSPy's own takes every argument without a default to be required."""
         call: dict[str, Any] = super().format_as_litellm_function_call()
-        call["function"]["parameters"]["required"] = self.func.required
+        call["function"]["parameters"]["required"] = [arg for arg, read in self.func.declared.items() if read.required]
         return call
 
     def __call__(self, **arguments: Any) -> Any:
@@ -54,10 +57,10 @@ def _read_arguments(tool: RemoteTool, **given: Any) -> dict[str, Any]:
     """
     read = {}
     for arg, value in given.items():
-        if arg not in tool.args:
+        if arg not in tool.func.declared:
             raise ValueError(f"Arg {arg} is not in the tool's args.")
         try:
-            read[arg] = tool.func.validators[arg].validate_python(value)
+            read[arg] = tool.func.declared[arg].validator.validate_python(value)
         except pydantic.ValidationError as error:
             raise ValueError(f"Arg {arg} is invalid: {corrections.first_of(error)}") from None
     return read
@@ -76,14 +79,33 @@ class AgentTool(RemoteTool):
     async def acall(self, /, **arguments: Any) -> Any:
         """As `RemoteTool`'s; an error becomes the observation."""
         try:
-            result = await super().acall(**arguments)
+            return await _off_loop(_observation, await super().acall(**arguments))
         except Exception as error:
             # A `ToolFailed` begins with the name, too.
             return f"Execution error in {self.name}: {str(error).removeprefix(f'{self.name}: ')}"
-        if isinstance(result, list) and not all(isinstance(item, str) for item in result):
-            # DSPy writes a tuple as JSON; a reply has a list again.
-            return tuple(result)
+
+
+class _Large(pydantic.RootModel[str]):
+    """A large observation: its JSON, which each step of a ReAct puts into a prompt; the value itself for the reply."""
+
+    _value: Any = pydantic.PrivateAttr()
+
+    def model_dump(self, **_: Any) -> Any:
+        return self._value
+
+
+def _observation(result: Any) -> Any:
+    if not isinstance(result, (list, dict)):
         return result
+    text = encode_value(result)
+    if len(text) >= large_inputs.LARGE:
+        large = _Large(text.decode())
+        large._value = result
+        return large
+    if isinstance(result, list) and not all(isinstance(item, str) for item in result):
+        # DSPy writes a tuple as JSON; a reply has a list again.
+        return tuple(result)
+    return result
 
 
 def read(definitions: object, taken: set[str]) -> list[RemoteTool]:
@@ -97,30 +119,24 @@ def read(definitions: object, taken: set[str]) -> list[RemoteTool]:
     tools: dict[str, RemoteTool] = {}
     for index, definition in enumerate(definitions):
         where = f"tools[{index}]"
-        name = _name(definition, where)
+        if not isinstance(definition, dict):
+            raise InvalidArgs(f"{where}: expected an object with name, description and args")
+        refuse_unknown(definition, ("name", "description", "desc", "args", "parameters"), where)
+        name = definition.get("name")
+        if not isinstance(name, str) or not name:
+            raise InvalidArgs(f"{where}.name: expected text")
+        if not _NAME.fullmatch(name):
+            text = f"{name[:80]!r} is not a tool name; expected up to 64 letters, digits, _, -"
+            raise InvalidArgs(f"{where}.name: {text}")
         if name in taken:
             raise InvalidArgs(f"{where}.name: {name!r} is taken, by a field or by DSPy; choose another")
         if name in tools:
             raise InvalidArgs(f"{where}.name: {name!r} is used twice; expected distinct names")
-        tools[name] = _tool(name, definition, where)
+        tools[name] = _tool(name, description(definition, where) or "", tool_args.read(definition, where))
     return list(tools.values())
 
 
-def _name(definition: object, where: str) -> str:
-    if not isinstance(definition, dict):
-        raise InvalidArgs(f"{where}: expected an object with name, description and args")
-    refuse_unknown(definition, ("name", "description", "desc", "args", "parameters"), where)
-    name = definition.get("name")
-    if not isinstance(name, str) or not name:
-        raise InvalidArgs(f"{where}.name: expected text")
-    if not _NAME.fullmatch(name):
-        raise InvalidArgs(f"{where}.name: {name[:80]!r} is not a tool name; expected up to 64 letters, digits, _, -")
-    return name
-
-
-def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
-    described = description(definition, where) or ""
-    args = tool_args.read(definition, where)
+def _tool(name: str, described: str, args: dict[str, tool_args.Arg]) -> RemoteTool:
     required = [arg for arg, read in args.items() if read.required]
     defaults = {arg: read.default for arg, read in args.items() if read.default is not ...}
 
@@ -128,28 +144,33 @@ def _tool(name: str, definition: dict[str, Any], where: str) -> RemoteTool:
         missing = [arg for arg in required if arg not in arguments]
         if missing:
             raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(required)}")
-        return await _ask(name, {**defaults, **arguments})
+        lm_call.step()
+        question = lm_call.run().call.call_tool(name, {**defaults, **arguments})
+        job = worker_threads.current.get()
+        try:
+            if job is not None and job.loop is not asyncio.get_running_loop():
+                # RLM starts an event loop in its worker thread; the reply comes to the peer's.
+                question = asyncio.to_thread(job.on_loop, question)
+            return await _off_loop(_without_types, await question)
+        except ToolFailed as error:
+            raise ToolFailed(field_markers.without_types(str(error))) from None
 
     # What DSPy reads from a function, and RLM's sandbox: it sends the default of an argument that is left out. Names
     # that no parameter can have (`from`, `x-y`) are in `args` alone, which is enough for DSPy.
     ask.__name__ = name
     ask.__doc__ = described
-    ask.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # inspect's own protocol
-        [
-            inspect.Parameter(
-                arg,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if read.required else defaults.get(arg),
-                annotation=read.type,
-            )
-            for arg, read in args.items()
-            if is_parameter(arg)
-        ]
-    )
-    # What `RemoteTool` reads.
-    ask.validators = {arg: pydantic.TypeAdapter(read.type) for arg, read in args.items()}  # type: ignore[attr-defined]
-    ask.required = required  # type: ignore[attr-defined]
-    ask.null_is_left_out = {arg for arg, read in args.items() if read.null_is_left_out}  # type: ignore[attr-defined]
+    parameters = [
+        inspect.Parameter(
+            arg,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if read.required else defaults.get(arg),
+            annotation=read.type,
+        )
+        for arg, read in args.items()
+        if is_parameter(arg)
+    ]
+    ask.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect's own protocol
+    ask.declared = args  # type: ignore[attr-defined]
     # DSPy itself would drop the constraints of the types.
     schemas = {arg: read.schema for arg, read in args.items()}
     types = {arg: read.type for arg, read in args.items()}
@@ -160,19 +181,18 @@ def is_parameter(arg: str) -> bool:
     return arg.isidentifier() and not keyword.iskeyword(arg)
 
 
-async def _ask(name: str, arguments: dict[str, Any]) -> Any:
-    """The tool's result, for a prompt: strings that look like DSPy's custom types stay strings."""
+def _without_types(result: Any) -> Any:
+    """The result for a prompt: strings that look like DSPy's custom types stay strings."""
+    text = encode_value(result).decode()  # millions of values take 20 ms so, and seconds one by one
+    if field_markers.without_types(text) == text:
+        return result
+    return field_markers.changed(result, field_markers.without_types)
+
+
+async def _off_loop(work: Callable[[Any], Any], result: Any) -> Any:
+    """`work` of a tool's result; in a thread if that is large."""
     try:
-        return field_markers.changed(await _answer(name, arguments), field_markers.without_types)
-    except ToolFailed as error:
-        raise ToolFailed(field_markers.without_types(str(error))) from None
-
-
-async def _answer(name: str, arguments: dict[str, Any]) -> Any:
-    lm_call.step()
-    question = lm_call.run().call.call_tool(name, arguments)
-    job = worker_threads.current.get()
-    if job is None or job.loop is asyncio.get_running_loop():
-        return await question
-    # RLM starts an event loop in its worker thread; the reply comes to the peer's.
-    return await asyncio.to_thread(job.on_loop, question)
+        large = isinstance(result, (list, dict)) and len(orjson.dumps(result)) >= large_inputs.LARGE
+    except TypeError:
+        large = True  # has an integer past 64 bits, and may be large
+    return await large_inputs.in_thread(lambda: work(result)) if large else work(result)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import functools
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import dspy
 
-from dspy_bridge.errors import InvalidArgs, OutputInvalid
+from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.programs import sandbox
 from dspy_bridge.programs.remote_tools import RemoteTool
 from dspy_bridge.programs.scores import Reward
 from dspy_bridge.runtime import large_inputs, worker_threads
@@ -47,22 +50,21 @@ class Runner:
         """
         if hasattr(kind, "forward"):
             return kind.forward(module, **values)
-        return worker_threads.current_job().on_loop(_run_async(kind, module, values))
 
+        async def on_loop() -> Any:
+            # A sync call there would wait for this very loop, if it went by the job.
+            worker_threads.current.set(None)
+            return await kind.aforward(module, **values)
 
-async def _run_async(kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
-    # On the event loop a sync call would wait for this very loop, if it went by the job.
-    worker_threads.current.set(None)
-    return await kind.aforward(module, **values)
+        return worker_threads.current_job().on_loop(on_loop())
 
 
 class ToolCallRunner(Runner):
     """Predict or ChainOfThought with tools: runs the tool calls of the LM's answer, native ones if the LM has them."""
 
     def __init__(self, kind: Any, signature: type[dspy.Signature], tools: list[RemoteTool]) -> None:
-        for name in ("tools", "tool_calls"):
-            if name in signature.fields:
-                raise InvalidArgs(f"signature: with tools, the field {name!r} is DSPy's; choose another name")
+        if taken := [name for name in ("tools", "tool_calls") if name in signature.fields]:
+            raise InvalidArgs(f"signature: with tools, the field {taken[0]!r} is DSPy's; choose another name")
         signature = signature.append("tools", dspy.InputField(), list[dspy.Tool])
         signature = signature.append("tool_calls", dspy.OutputField(), dspy.ToolCalls)
         super().__init__(kind(signature))
@@ -166,17 +168,65 @@ class _Attempt(dspy.Module):  # type: ignore[misc]  # DSPy ships no types
 
 
 class CodeRunner(Runner):
-    """RLM, which runs code: always in a thread, where it waits for its sandbox."""
+    """RLM, which runs code: always in a thread, where it waits for its sandbox, which ends with the call."""
 
     on_loop = False
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """As `Runner`'s; a cancelled call ends its sandbox, too."""
-        return await threads.run(lambda: sandbox.run(lambda: self.module(**self._complete(values))))
+        return await threads.run(lambda: self._in_sandbox(self.module, values))
 
     def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
-        return sandbox.run(lambda: kind.forward(module, **self._complete(values)))
+        return self._in_sandbox(functools.partial(kind.forward, module), values)
 
-    def _complete(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The code sees None for absent inputs."""
-        return {**dict.fromkeys(self.module.signature.input_fields), **values}
+    def _in_sandbox(self, work: Callable[..., Any], values: dict[str, Any]) -> Any:
+        token = _returned.set(threading.Event())
+        try:
+            # The code sees None for absent inputs.
+            return work(**{**dict.fromkeys(self.module.signature.input_fields), **values})
+        except dspy.CodeInterpreterError as error:
+            raise SetupFailed(f"the sandbox for the LM's code failed: {error}") from error
+        finally:
+            _returned.get().set()
+            _returned.reset(token)
+
+
+# Set once the call of an RLM in this context has returned: nothing is left to end.
+_returned: ContextVar[threading.Event] = ContextVar("returned")
+# In seconds. A sandbox that is starting has no process to kill yet.
+_KILL_AGAIN = 0.05
+
+
+class Sandboxes:
+    """Creates the interpreters of an RLM, of the kind that `dspy.configure(interpreter_factory=…)` chose."""
+
+    @property
+    def execution_instructions(self) -> str:
+        """The sentence about the sandbox in RLM's prompt."""
+        return str(getattr(self._chosen(), "execution_instructions", ""))
+
+    def __call__(self) -> Any:
+        interpreter, returned = self._chosen()(), _returned.get()
+        if not isinstance(interpreter, dspy.PythonInterpreter):
+            # Others, as DSPy's LocalInterpreter, cannot be ended while they start.
+            interpreter.start()
+        thread = threading.Thread(target=_end, args=(interpreter, returned), daemon=True)
+        worker_threads.current_job().on_give_up(thread.start)
+        return interpreter
+
+    @staticmethod
+    def _chosen() -> Any:
+        return dspy.settings.get("interpreter_factory") or dspy.PythonInterpreter
+
+
+def _end(interpreter: Any, returned: threading.Event) -> None:
+    while not returned.is_set():
+        if isinstance(interpreter, dspy.PythonInterpreter):
+            # Its `shutdown` sends a message, which a busy sandbox does not read.
+            process = getattr(interpreter, "deno_process", None)
+            if process is not None:
+                process.kill()
+        else:
+            with contextlib.suppress(Exception):  # user code; no caller is left
+                interpreter.shutdown()
+        returned.wait(_KILL_AGAIN)

@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.logs import redaction
-from dspy_bridge.signatures import confined_files, media, validation_errors
+from dspy_bridge.signatures import media, validation
 
 # A larger file is not a state.
 MAX_STATE_BYTES = 64 * 1024 * 1024
@@ -58,36 +58,32 @@ def read(definition: dict[str, Any], state_dir: str | None) -> dict[str, Any] | 
     state, path = definition.get("state"), definition.get("state_path")
     if state is not None and path is not None:
         raise InvalidArgs("state, state_path: expected one of them")
+    where = "state" if path is None else "state_path"
     if path is not None:
-        state = _read_file(path, state_dir)
+        if state_dir is None:
+            raise NotAllowed("state_path: DSPY_BRIDGE_STATE_DIR names the folder for states; it is not set")
+        try:
+            _, content = media.read_file(state_dir, path, MAX_STATE_BYTES, "DSPY_BRIDGE_STATE_DIR")
+        except ValueError as error:
+            raise validation.describe("state_path", error) from None
+        try:
+            state = jiter.from_json(content)
+        except ValueError:
+            raise InvalidArgs("state_path: expected JSON, as DSPy's save writes it") from None
     if not isinstance(state, dict | None):
-        where = "state" if path is None else "state_path"
         raise InvalidArgs(f"{where}: expected an object, as DSPy's save writes it")
     return state
-
-
-def _read_file(path: object, state_dir: str | None) -> Any:
-    if state_dir is None:
-        raise NotAllowed("state_path: DSPY_BRIDGE_STATE_DIR names the folder for states; it is not set")
-    try:
-        return jiter.from_json(confined_files.read(state_dir, path, MAX_STATE_BYTES)[1])
-    except confined_files.Outside:
-        raise NotAllowed("state_path: leads out of the folder of DSPY_BRIDGE_STATE_DIR") from None
-    except confined_files.Unreadable as error:
-        raise InvalidArgs(f"state_path: {error}") from None
-    except ValueError:
-        raise InvalidArgs("state_path: expected JSON, as DSPy's save writes it") from None
 
 
 def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     """Load a state into a module; returns the settings of its saved LM, if any. Raises `InvalidArgs`."""
     wanted = dict(module.named_parameters())
+    flat = isinstance(module, dspy.Predict)
     state = {name: value for name, value in state.items() if name != "metadata"}
-    flat = _is_flat(module)
     if state.keys().isdisjoint(_Saved.__annotations__) if flat else state.keys() != wanted.keys():
         expected = ", ".join(_Saved.__annotations__ if flat else wanted) or "nothing"
         raise InvalidArgs(f"state: of another program: expected {expected}, got {', '.join(state) or 'nothing'}")
-    given = _by_predictor(module, state)
+    given = {"self": state} if flat else state
     for name, parameter in wanted.items():
         _check(given[name], parameter.signature.fields, "state" if flat else f"state.{name}")
     found = [saved["lm"] for saved in given.values() if saved.get("lm") is not None]
@@ -108,23 +104,16 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
 
 def dump(module: dspy.Module, lm: dict[str, Any] | None) -> dict[str, Any]:
     """What DSPy's `save` writes, without secrets; `lm`: the result of `load`."""
-    state = {
-        # DSPy only leaves out `api_key`.
-        name: {**saved, "lm": lm or redaction.without_secrets(saved.get("lm"))}
-        for name, saved in _by_predictor(module, module.dump_state()).items()
-    }
+
+    def clean(saved: dict[str, Any]) -> dict[str, Any]:
+        return {**saved, "lm": lm or redaction.without_secrets(saved.get("lm"))}  # DSPy only leaves out `api_key`
+
+    state = module.dump_state()
+    # DSPy writes a single Predict without its name.
+    state = clean(state) if isinstance(module, dspy.Predict) else {name: clean(saved) for name, saved in state.items()}
     python = ".".join(platform.python_version_tuple()[:2])
-    metadata = {"dependency_versions": {"python": python, "dspy": dspy.__version__, "cloudpickle": _CLOUDPICKLE}}
-    return {**(state["self"] if _is_flat(module) else state), "metadata": metadata}
-
-
-def _is_flat(module: dspy.Module) -> bool:
-    """Whether the state has no names of predictors: DSPy writes a single Predict so."""
-    return isinstance(module, dspy.Predict)
-
-
-def _by_predictor(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any]:
-    return {"self": state} if _is_flat(module) else state
+    versions = {"python": python, "dspy": dspy.__version__, "cloudpickle": _CLOUDPICKLE}
+    return {**state, "metadata": {"dependency_versions": versions}}
 
 
 def read_demos(
@@ -143,11 +132,10 @@ def read_demos(
     if not predictors:
         raise InvalidArgs("demos: no predictor of this module writes the signature's outputs; give a state instead")
     fields = media.validators(predictors[-1].signature.fields, files_dir)
-    read = []
     for index, demo in enumerate(demos):
         if not isinstance(demo, dict) or not demo:
             raise InvalidArgs(f"demos[{index}]: expected an object of fields")
-        read.append(validation_errors.read_values(demo, fields, f"demos[{index}]"))
+    read = [validation.read_values(demo, fields, f"demos[{index}]") for index, demo in enumerate(demos)]
     for predictor in predictors:
         predictor.demos = [dict(demo) for demo in read]
 
@@ -157,7 +145,7 @@ def _check(saved: object, fields: Mapping[str, Any], where: str) -> None:
     try:
         checked = _SAVED.validate_python(saved, strict=True)
     except pydantic.ValidationError as error:
-        raise validation_errors.describe(where, error) from None
+        raise validation.describe(where, error) from None
     expected = f"expected {len(fields)} fields ({', '.join(fields)})"
     count = len(checked["signature"]["fields"])
     if count != len(fields):

@@ -15,7 +15,7 @@ from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import InvalidArgs, ToolFailed
 from dspy_bridge.lm import lm_call
 from dspy_bridge.runtime import worker_threads
-from dspy_bridge.signatures import media, validation_errors
+from dspy_bridge.signatures import media, validation
 from dspy_bridge.wire.json_values import encode_value
 
 MATCHES = ("equals", "exact_match", "f1", "contains")
@@ -24,12 +24,15 @@ _COMPARES = {"equals": "value", "match": f"one of {', '.join(MATCHES)}"}
 
 
 class Metric:
-    """The score of a prediction. `tool`: the caller's, which is asked; else the value of `field` is compared."""
+    """The score of a prediction. `tool`: the caller's, which is asked; if None, the value of `field` is compared."""
 
-    def __init__(self, tool: str | None, field: str, match: str) -> None:
-        self.tool = tool
-        self.field = field
-        self._match = match
+    def __init__(self, given: dict[str, Any], signature: type[dspy.Signature], files_dir: str | None) -> None:
+        """`given`: the argument `metric`. `files_dir`: the folder for paths. Raises `InvalidArgs`."""
+        self.tool, self.field, self._match = _read(given, "match", signature, "metric")
+        if self.tool is None and self._match not in MATCHES:
+            raise InvalidArgs(f"metric.match: expected one of {', '.join(MATCHES)}")
+        self._signature = signature
+        self._files_dir = files_dir
 
     async def score(
         self,
@@ -51,6 +54,36 @@ class Metric:
             asked["predictor"] = predictor
         return _read_score(await call.call_tool(self.tool, asked), self.tool)
 
+    def examples(
+        self, inputs: list[Any], expected: list[Any] | None, where: str
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """What `score` gets of each item, its inputs and what is expected of it; and the expected outputs as values.
+
+        Output fields in `expected` are checked; other keys are for the metric alone. In a thread: it may take long.
+        Raises `InvalidArgs` or `NotAllowed`.
+        """
+        if expected is None:
+            if self.tool is None:
+                raise InvalidArgs(f"{where}: missing; the metric compares {self.field} with it")
+            return [(item if isinstance(item, dict) else {}, {}) for item in inputs]
+        fields = media.validators(self._signature.output_fields, self._files_dir)
+        examples = []
+        for index, (item, wanted) in enumerate(zip(inputs, expected, strict=True)):
+            here = f"{where}[{index}]"
+            if not isinstance(wanted, dict):
+                raise InvalidArgs(f"{here}: expected an object of output fields, and what else the metric needs")
+            if wrong := [name for name in wanted if name in self._signature.input_fields]:
+                text = "an input; expected output fields, and what else the metric needs"
+                raise InvalidArgs(f"{here}.{wrong[0]}: {text}")
+            of_program = {name: wanted[name] for name in wanted if name in fields}
+            values = validation.read_values(of_program, fields, here)
+            if self.tool is None:
+                if self.field not in wanted:
+                    raise InvalidArgs(f"{here}.{self.field}: missing; the metric compares with it")
+                wanted = {self.field: _plain(values[self.field])}
+            examples.append(({**(item if isinstance(item, dict) else {}), **wanted}, values))
+        return examples
+
     def _compare(self, got: Any, wanted: Any) -> float:
         if self._match == "equals" or got is None:
             return float(self._match == "equals" and _same(got, wanted))
@@ -63,11 +96,11 @@ class Metric:
 class Reward:
     """`reward(inputs, prediction)`, called in a worker thread. `text` describes it to an LM."""
 
-    def __init__(self, tool: str | None, field: str | None, equals: Any) -> None:
-        self.tool = tool
-        self._field = field
-        self._equals = equals
-        self.text = f"{field} == {encode_value(equals).decode()}" if tool is None else f"{tool}(inputs, outputs)"
+    def __init__(self, given: dict[str, Any], signature: type[dspy.Signature]) -> None:
+        """`given`: `options.reward`. Raises `InvalidArgs`."""
+        self.tool, self._field, self._equals = _read(given, "equals", signature, "options.reward")
+        by_field = f"{self._field} == {encode_value(self._equals).decode()}"
+        self.text = by_field if self.tool is None else f"{self.tool}(inputs, outputs)"
 
     def __call__(self, inputs: dict[str, Any], prediction: dspy.Prediction) -> float:
         """Raises `ToolFailed`."""
@@ -76,83 +109,23 @@ class Reward:
             return float(_same(outputs.get(self._field), self._equals))
         fields = _plain({name: value for name, value in inputs.items() if name != "config"})
         asked = lm_call.run().call.call_tool(self.tool, {"inputs": fields, "outputs": outputs})
-        value = worker_threads.current_job().on_loop(asked)
-        reward = _number(value)
-        if reward is None:
-            raise ToolFailed(f"{self.tool}: expected a number as the reward")
-        return reward
+        return _read_score(worker_threads.current_job().on_loop(asked), self.tool)[0]
 
 
-def read_reward(given: dict[str, Any], signature: type[dspy.Signature]) -> Reward:
-    """The reward of `options.reward`. Raises `InvalidArgs`."""
-    if _by_tool(given, "equals", signature, "options.reward"):
-        return Reward(given["tool"], None, None)
-    return Reward(None, given["field"], given["equals"])
-
-
-def read_metric(given: dict[str, Any], signature: type[dspy.Signature]) -> Metric:
-    """The metric of the argument `metric`. Raises `InvalidArgs`."""
-    if _by_tool(given, "match", signature, "metric"):
-        return Metric(given["tool"], "", "")
-    if given["match"] not in MATCHES:
-        raise InvalidArgs(f"metric.match: expected one of {', '.join(MATCHES)}")
-    return Metric(None, given["field"], given["match"])
-
-
-def read_examples(
-    metric: Metric,
-    inputs: list[Any],
-    expected: list[Any] | None,
-    signature: type[dspy.Signature],
-    files_dir: str | None,
-    where: str,
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What the metric gets of each item, its inputs and what is expected of it; and the expected outputs as values.
-
-    Output fields in `expected` are checked; other keys are for the metric alone. Raises `InvalidArgs` or `NotAllowed`.
-    """
-    if expected is None:
-        if metric.tool is None:
-            raise InvalidArgs(f"{where}: missing; the metric compares {metric.field} with it")
-        return [(item if isinstance(item, dict) else {}, {}) for item in inputs]
-    fields = media.validators(signature.output_fields, files_dir)
-    examples = []
-    for index, (item, wanted) in enumerate(zip(inputs, expected, strict=True)):
-        here = f"{where}[{index}]"
-        if not isinstance(wanted, dict):
-            raise InvalidArgs(f"{here}: expected an object of output fields, and what else the metric needs")
-        for name in wanted:
-            if name in signature.input_fields:
-                raise InvalidArgs(f"{here}.{name}: an input; expected output fields, and what else the metric needs")
-        of_program = {name: wanted[name] for name in wanted if name in fields}
-        values = validation_errors.read_values(of_program, fields, here)
-        if metric.tool is None:
-            if metric.field not in wanted:
-                raise InvalidArgs(f"{here}.{metric.field}: missing; the metric compares with it")
-            wanted = {metric.field: _plain(values[metric.field])}
-        examples.append(({**(item if isinstance(item, dict) else {}), **wanted}, values))
-    return examples
-
-
-def _by_tool(given: dict[str, Any], compares: str, signature: type[dspy.Signature], where: str) -> bool:
-    """Whether `given` is `{"tool": name}`; else it is `{"field": name, compares: …}`. Raises `InvalidArgs`."""
+def _read(
+    given: dict[str, Any], compares: str, signature: type[dspy.Signature], where: str
+) -> tuple[str | None, str, Any]:
+    """The tool of `{"tool": name}`, or the field and the value of `{"field": name, compares: …}`."""
     if given.keys() == {"tool"}:
         if not isinstance(given["tool"], str) or not given["tool"]:
             raise InvalidArgs(f"{where}.tool: expected the name of a tool")
-        return True
+        return given["tool"], "", None
     if given.keys() != {"field", compares}:
         wanted = f'{{"tool": name}} or {{"field": name, "{compares}": {_COMPARES[compares]}}}'
         raise InvalidArgs(f"{where}: expected {wanted}")
     if given["field"] not in list(signature.output_fields):  # may be unhashable
         raise InvalidArgs(f"{where}.field: expected one of {', '.join(signature.output_fields)}")
-    return False
-
-
-def _number(value: Any) -> float | None:
-    """A number that a tool gave, or None; not one so large that a sum is infinite. Booleans count as 1 and 0."""
-    if not isinstance(value, (int, float)) or not abs(value) <= 1e300:
-        return None
-    return float(value)
+    return None, given["field"], given[compares]
 
 
 def _plain(value: Any) -> Any:
@@ -165,10 +138,10 @@ def _read_score(value: Any, tool: str) -> tuple[float, str | None]:
     if isinstance(value, dict) and "score" in value and value.keys() <= {"score", "feedback"}:
         feedback = value.get("feedback")
         value = value["score"]
-    score = _number(value)
-    if score is None or not (feedback is None or isinstance(feedback, str)):
-        raise ToolFailed(f'{tool}: expected a number, a boolean or {{"score": number, "feedback": text}} as the score')
-    return score, feedback
+    # Not a number so large that a sum is infinite. Booleans count as 1 and 0.
+    if isinstance(value, (int, float)) and abs(value) <= 1e300 and isinstance(feedback, str | None):
+        return float(value), feedback
+    raise ToolFailed(f'{tool}: expected a number, a boolean or {{"score": number, "feedback": text}} as the score')
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,6 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown, step
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.signatures import json_schema
 from dspy_bridge.signatures.builder import description
 from dspy_bridge.signatures.type_parser import read_type
 
@@ -23,13 +22,11 @@ class Arg(NamedTuple):
     """An argument of a tool. `schema`: what the LM is shown. `default`: `...` if there is none."""
 
     type: Any
+    validator: pydantic.TypeAdapter[Any]
     schema: dict[str, Any]
     default: Any
     required: bool
-
-    @property
-    def null_is_left_out(self) -> bool:
-        return not self.required and (self.default is ... or not _takes_null(self.schema))
+    null_is_left_out: bool
 
 
 def read(definition: dict[str, Any], where: str) -> dict[str, Arg]:
@@ -52,13 +49,10 @@ def _of_parameters(parameters: object, where: str) -> dict[str, Any]:
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise InvalidArgs(f'{where}: expected a JSON Schema such as {{"type": "object", "properties": {{}}}}')
     # As the LM would be shown it: without references, so that each property stands alone.
-    schema = _schema(json_schema.to_annotation(parameters, where), where)
-    required = schema.get("required", ())
-    # One that is required alone may be anything.
-    properties = {
-        **schema.get("properties", {}),
-        **{arg: {} for arg in required if arg not in schema.get("properties", {})},
-    }
+    _, schema = _shown(read_type(parameters, where), where)
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    for arg in required:
+        properties.setdefault(arg, {})  # one that is required alone may be anything
     return {arg: {"type": part, "optional": arg not in required} for arg, part in properties.items()}
 
 
@@ -70,14 +64,13 @@ def _arg(arg: str, given: object, where: str) -> Arg:
     refuse_unknown(given, ("type", "description", "desc", "default", "optional"), where)
     kind = given.get("type")
     type_ = read_type(kind, f"{where}.type")
+    validator, schema = _shown(type_, f"{where}.type")
     own = kind if isinstance(kind, dict) else {}
-    optional = given.get("optional")
-    if "optional" in given and not isinstance(optional, bool):
+    if not isinstance(optional := given.get("optional"), bool) and "optional" in given:
         raise InvalidArgs(f"{where}.optional: expected true or false")
     described = description(given, where) or own.get("description")
-    schema = _schema(type_, f"{where}.type")
     default = given.get("default", own.get("default", ...))
-    if "default" in given and not _fits(default, kind, type_):
+    if "default" in given and not _fits(default, kind, validator):
         if default is not None:
             raise InvalidArgs(f"{where}.default: does not fit the type that it is for")
         # No value of the type: many write null for "may be left out".
@@ -90,16 +83,18 @@ def _arg(arg: str, given: object, where: str) -> Arg:
         described = f"{described} (optional)" if described else "optional"
     if described:
         schema["description"] = described
-    return Arg(type_, schema, default, required=default is ... and not optional)
+    required = default is ... and not optional
+    left_out = not required and (default is ... or not _takes_null(schema))
+    return Arg(type_, validator, schema, default, required, left_out)
 
 
-def _fits(default: object, kind: object, type_: Any) -> bool:
+def _fits(default: object, kind: object, validator: pydantic.TypeAdapter[Any]) -> bool:
     try:
         if isinstance(kind, dict):
             read_type({**kind, "default": default}, "")
         else:
             # Strict, without conversions; as JSON, in which a date is text.
-            pydantic.TypeAdapter(type_).validate_json(json.dumps(default), strict=True)
+            validator.validate_json(json.dumps(default), strict=True)
     except (InvalidArgs, ValueError):
         return False
     return True
@@ -111,13 +106,15 @@ def _takes_null(schema: dict[str, Any]) -> bool:
     return any(None in choice.get("enum", ()) or "null" in choice.get("type", ()) for choice in choices)
 
 
-def _schema(type_: Any, where: str) -> dict[str, Any]:
+def _shown(type_: Any, where: str) -> tuple[pydantic.TypeAdapter[Any], dict[str, Any]]:
+    """The type's validator, and its schema as the LM is shown it."""
     try:
-        schema: dict[str, Any] = pydantic.TypeAdapter(type_).json_schema()
+        validator: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(type_)
+        schema = validator.json_schema()
         if "$defs" in schema and dspy_internals.TOOL_SCHEMAS.there:
             # References are replaced: DSPy and providers want each argument by itself.
             whole = {"properties": {"it": schema}, "$defs": schema["$defs"]}
             schema = dspy_internals.TOOL_SCHEMAS.value(whole)[0]["it"]
     except (pydantic.PydanticUserError, RecursionError):
         raise InvalidArgs(f"{where}: not an argument type; expected one with a JSON Schema, not recursive") from None
-    return schema
+    return validator, schema

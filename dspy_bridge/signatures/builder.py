@@ -29,6 +29,14 @@ _NOT_AS_INPUT = frozenset(
 )
 
 
+class _Field(NamedTuple):
+    name: str
+    annotation: Any
+    where: str
+    description: str | None = None
+    default: Any = ...
+
+
 def build(definition: object, *, files_dir: str | None = None, left_out: tuple[str, ...] = ()) -> Contract:
     """The signature of a `create_program`: DSPy's string form, or `{"inputs", "outputs", "instructions"?}`.
 
@@ -55,20 +63,6 @@ def build(definition: object, *, files_dir: str | None = None, left_out: tuple[s
         raise InvalidArgs("signature.outputs: expected at least one field")
     if len(inputs) + len(outputs) > MAX_FIELDS:
         raise InvalidArgs(f"signature: expected at most {MAX_FIELDS} fields")
-    return _contract(inputs, outputs, instructions, name or _NAME, files_dir)
-
-
-class _Field(NamedTuple):
-    name: str
-    annotation: Any
-    where: str
-    description: str | None = None
-    default: Any = ...
-
-
-def _contract(
-    inputs: list[_Field], outputs: list[_Field], instructions: str | None, name: str, files_dir: str | None
-) -> Contract:
     fields: dict[str, Any] = {}
     for group, make in ((inputs, dspy.InputField), (outputs, dspy.OutputField)):
         for field in group:
@@ -84,13 +78,8 @@ def _contract(
                 schema = json.dumps(pydantic.TypeAdapter(field.annotation).json_schema(), ensure_ascii=False)
                 info.json_schema_extra["constraints"] = f"must adhere to the JSON schema: {schema}"
             fields[field.name] = (field.annotation, info)
-    return Contract(
-        dspy.Signature(fields, instructions or None, name),
-        {field.name: field.annotation for field in inputs},
-        {field.name: field.annotation for field in outputs},
-        {field.name: field.default for field in inputs if field.default is not ...},
-        files_dir,
-    )
+    defaults = {field.name: field.default for field in inputs if field.default is not ...}
+    return Contract(dspy.Signature(fields, instructions or None, name or _NAME), defaults, files_dir)
 
 
 def _read_fields(fields: object, where: str) -> list[_Field]:

@@ -7,18 +7,15 @@ pydantic does: "5" to an integer, say. References are replaced by their targets,
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
+import jsonschema_rs
 import pydantic
 from pydantic_core import CoreSchema, PydanticCustomError, ValidationError, core_schema
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown, step
-
-if TYPE_CHECKING:
-    import jsonschema_rs
 
 # Nested schemas, references followed. Far from Python's recursion limit.
 MAX_DEPTH = 64
@@ -53,7 +50,7 @@ _ROOT = ("$schema", "$id", "$comment", "$defs", "definitions")
 # {"type": ["string", "integer"]}, "5" becomes 5 and "[1]" is refused. Only an adapter could change that.
 _SCALARS: dict[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "null": type(None)}
 _PYTHONS: dict[str, Any] = {**_SCALARS, "number": (int, float), "array": list, "object": dict}
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_LAX = {kind: pydantic.TypeAdapter(python) for kind, python in {**_PYTHONS, "number": float}.items()}
 
 
 def to_annotation(schema: dict[str, Any], where: str) -> Any:
@@ -62,20 +59,15 @@ def to_annotation(schema: dict[str, Any], where: str) -> Any:
     Python's own type where there is one (`str`, `Literal[…]`, `Optional[int]`), as DSPy supports these best: plain, or
     `Annotated` with further constraints. Else a new class.
     """
-    try:
-        made = _Schema(schema, where)
-    except ImportError:
-        raise InvalidArgs(f"{where}: JSON Schema needs the Python package jsonschema-rs") from None
+    made = _Schema(schema, where)
     shown = made.shown
     shape = type(_name_of(shown), (_Shape,), {"validate": made.validate, "shown": json.dumps(shown)})
     try:
         pydantic.TypeAdapter(shape).json_schema()
     except Exception as error:  # pydantic follows any "$ref", even in data
         raise InvalidArgs(f"{where}: cannot be shown to an LM: {type(error).__name__}") from None
-    plain = _plain(shown)
-    if plain is None:
-        return shape
-    return plain if _is_expressed_by(plain, shown) else Annotated[plain, shape]
+    plain, whole = _plain(shown)
+    return shape if plain is None else plain if whole else Annotated[plain, shape]
 
 
 class _Shape:
@@ -97,21 +89,24 @@ class _Schema:
     """One schema: `shown` to LMs, with references followed; validates values."""
 
     def __init__(self, root: dict[str, Any], where: str) -> None:
-        """Raises `InvalidArgs`, and `ImportError` without `jsonschema_rs`."""
+        """Raises `InvalidArgs`."""
         self._root = root
         self._where = where
         self._size = 0
         # How many characters a value's strings may have for each pattern.
         self._patterns: dict[str, int] = {}
         self._validators: dict[int, jsonschema_rs.Validator] = {}
-        _check_form(root, where)
+        # The metaschema is recursive. Frames have at most 200 levels; 500 would overflow a stack of 512 KB.
+        wrong = next(iter(_METASCHEMA.iter_errors(root)), None)
+        if wrong is not None:
+            place = "".join(map(step, wrong.instance_path))
+            text = f"expected one or more of {', '.join(_PYTHONS)}" if place.endswith(".type") else wrong.message
+            raise InvalidArgs(f"{where}{place}: {text}")
         self.shown: dict[str, Any] = self._read(root, where, 0)
         self._fits(None, self.shown)
 
     def validate(self, value: Any) -> Any:
         """The value, converted. Raises pydantic's `ValidationError`."""
-        import jsonschema_rs
-
         made = self._lax(value, self.shown, dict(self._patterns))
         try:
             self._validators[id(self.shown)].validate(made)
@@ -175,9 +170,8 @@ class _Schema:
         definitions = self._root.get(word, {})
         if name not in definitions:
             raise InvalidArgs(f"{where}.$ref: there is no {word}{step(name)}")
-        for other in beside:
-            if other not in _DESCRIPTIVE:
-                raise InvalidArgs(f"{where}: {other} cannot be combined with $ref; put it into the definition")
+        if others := [word for word in beside if word not in _DESCRIPTIVE]:
+            raise InvalidArgs(f"{where}: {others[0]} cannot be combined with $ref; put it into the definition")
         target = self._read(definitions[name], f"{self._where}.{word}{step(name)}", depth + 1)
         return {**target, **beside} if isinstance(target, dict) else {"allOf": [target], **beside}
 
@@ -232,39 +226,24 @@ class _Schema:
         return made
 
 
-def _check_form(schema: dict[str, Any], where: str) -> None:
-    # The metaschema is recursive. Frames have at most 200 levels; 500 would overflow a stack of 512 KB.
-    wrong = next(iter(_metaschema().iter_errors(schema)), None)
-    if wrong is not None:
-        place = "".join(map(step, wrong.instance_path))
-        text = f"expected one or more of {', '.join(_PYTHONS)}" if place.endswith(".type") else wrong.message
-        raise InvalidArgs(f"{where}{place}: {text}")
+_METASCHEMA = jsonschema_rs.validator_for({"$ref": "https://json-schema.org/draft/2020-12/schema"}, mask="the value")
 
 
-@functools.cache
 def _maybe_without_zone(format: str) -> Callable[[str], bool]:
     """The check of a time's format, which wants a zone: Elixir's naive ones have none."""
-    import jsonschema_rs
-
     strict = jsonschema_rs.validator_for({"format": format}, validate_formats=True)
     return lambda text: strict.is_valid(text) or strict.is_valid(f"{text}Z")
 
 
-@functools.cache
-def _metaschema() -> jsonschema_rs.Validator:
-    import jsonschema_rs
-
-    return jsonschema_rs.validator_for({"$ref": "https://json-schema.org/draft/2020-12/schema"}, mask="the value")
+_FORMATS = {format: _maybe_without_zone(format) for format in ("date-time", "time")}
 
 
 def _compiled(schema: Any, where: str, size: int = MAX_PATTERN_BYTES) -> jsonschema_rs.Validator:
-    import jsonschema_rs
-
     limits = jsonschema_rs.RegexOptions(size_limit=size, dfa_size_limit=MAX_PATTERN_BYTES)
     try:
         return jsonschema_rs.Draft202012Validator(
             schema,
-            formats={format: _maybe_without_zone(format) for format in ("date-time", "time")},
+            formats=_FORMATS,
             validate_formats=True,
             mask="the value",
             pattern_options=limits,
@@ -289,20 +268,12 @@ def _longest(pattern: str, where: str) -> int:
 def _converted(value: Any, types: Any) -> Any:
     """The value as one of the types, if it has none of them and there is one way to read it."""
     types = [types] if isinstance(types, str) else types
-    if any(isinstance(value, _PYTHONS[kind]) and (kind == "boolean") == isinstance(value, bool) for kind in types):
-        return value
-    for kind in types:
-        try:
-            if kind == "array" and isinstance(value, (tuple, set, frozenset)):
-                return list(value)
-            if kind == "integer" and isinstance(value, (str, float)) and float(value).is_integer():
-                return int(value)
-            if kind == "number" and isinstance(value, str):
-                return float(value)
-            if kind == "boolean" and isinstance(value, (str, int, float)):
-                return _BOOLEANS.get(str(value).lower().removesuffix(".0"), value)
-        except (ValueError, OverflowError):
-            pass
+    if not isinstance(value, (bool, *(_PYTHONS[kind] for kind in types))):
+        for kind in types:
+            try:
+                return _LAX[kind].validate_python(value)
+            except ValidationError:
+                pass
     return value
 
 
@@ -312,30 +283,25 @@ def _name_of(shown: dict[str, Any]) -> str:
     return title if title.isidentifier() else {"object": "dict", "array": "list"}.get(str(shown.get("type")), "JSON")
 
 
-def _plain(shown: dict[str, Any]) -> Any:
-    """Python's own type for a schema, if any."""
+def _plain(shown: Any) -> tuple[Any, bool]:
+    """Python's own type for a schema, or None; and whether it expresses all of the schema."""
+    if not isinstance(shown, dict):
+        return None, False
     if shown.keys() <= set(_DESCRIPTIVE):
-        return Any
+        return Any, "examples" not in shown
+    whole = shown.keys() <= {"type", "enum", "const", "anyOf", "title", "description", "default"}
     if "enum" in shown or "const" in shown:
         values = shown.get("enum", [shown.get("const")])
-        return (
-            Literal[tuple(values)] if values and all(v is None or isinstance(v, (str, int)) for v in values) else None
-        )
+        fit = values and all(value is None or isinstance(value, (str, int)) for value in values)
+        return Literal[tuple(values)] if fit else None, whole
     kinds = shown.get("type", [])
     # DSPy must know maps, which cannot be requested as structured output.
     types = _SCALARS if "properties" in shown else {**_SCALARS, "object": dict[str, Any]}
     members = [types.get(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])]
-    members += [_plain(choice) if isinstance(choice, dict) else None for choice in shown.get("anyOf", ())]
+    for choice in shown.get("anyOf", ()):
+        member, of_member = _plain(choice)
+        members.append(member)
+        whole = whole and of_member
     if not members or None in members or Any in members:
-        return None
-    return Union[tuple(members)]  # noqa: UP007 - built from values
-
-
-def _is_expressed_by(plain: Any, shown: dict[str, Any]) -> bool:
-    """Whether the Python type expresses all of the schema."""
-    if plain is Any:
-        return "examples" not in shown
-    choices = shown.get("anyOf", ())
-    return shown.keys() <= {"type", "enum", "const", "anyOf", "title", "description", "default"} and all(
-        _is_expressed_by(_plain(choice), choice) for choice in choices
-    )
+        return None, False
+    return Union[tuple(members)], whole  # noqa: UP007 - built from values

@@ -6,18 +6,19 @@ Nothing is downloaded: a URL goes to the LM's provider as it is. Files are read 
 from __future__ import annotations
 
 import base64
+import functools
 import mimetypes
 import os
 import re
+import stat
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import dspy
 import pydantic
-
-from dspy_bridge.signatures import confined_files
-from dspy_bridge.signatures.validation_errors import not_allowed, unfit
+from pydantic_core import PydanticCustomError
 
 # Base64 makes it a third longer; providers accept less than this.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -25,8 +26,12 @@ _URL = re.compile(r"https?://[^\s/]\S*", re.IGNORECASE)
 _DATA_HEAD = re.compile(r"data:([\w.+-]+/[\w.+-]+)((?:;[\w.+-]+=[\w.+-]+)*);base64", re.ASCII | re.IGNORECASE)
 _MIME = re.compile(r"[\w.+-]+/[\w.+-]+", re.ASCII)
 
-# Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, naming it and the field.
-Turn = Callable[[dict[str, Any], str], dict[str, Any]]
+NOT_ALLOWED = "not_allowed"
+
+
+def unfit(text: str, kind: str = "unfit") -> PydanticCustomError:
+    """For a validator to raise: the value does not fit the type, or, as `NOT_ALLOWED`, the settings of this peer."""
+    return PydanticCustomError(kind, "{text}", {"text": text})
 
 
 class _Image(dspy.Image):  # type: ignore[misc]  # DSPy ships no types
@@ -48,13 +53,16 @@ class _FirstError:
 _FIRST_ERROR = _FirstError()
 
 
+# Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, naming it and the field.
+Turn = Callable[[dict[str, Any], str], dict[str, Any]]
+
+
 def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) -> Any:
     """The annotation with converters. `files_dir`: the folder for paths. `turn`: checks the turns of a history."""
-    if annotation is dspy.History:
-        return Annotated[annotation, pydantic.BeforeValidator(lambda value: _history(value, turn))]
-    read = _READERS.get(annotation) if isinstance(annotation, type) else None
+    read: Any = _READERS.get(annotation) if isinstance(annotation, type) else None
     if read is not None:
-        return Annotated[annotation, pydantic.BeforeValidator(lambda value: read(value, files_dir))]
+        of_it = turn if annotation is dspy.History else files_dir
+        return Annotated[annotation, pydantic.BeforeValidator(functools.partial(read, of_it))]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin not in (list, dict, tuple, set, frozenset, Union, types.UnionType):
         return annotation
@@ -65,12 +73,11 @@ def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) 
 
 
 def validators(fields: Mapping[str, Any], files_dir: str | None) -> dict[str, pydantic.TypeAdapter[Any]]:
-    return {
-        name: pydantic.TypeAdapter(accepting(field.rebuild_annotation(), files_dir)) for name, field in fields.items()
-    }
+    kinds = {name: accepting(field.rebuild_annotation(), files_dir) for name, field in fields.items()}
+    return {name: pydantic.TypeAdapter(kind) for name, kind in kinds.items()}
 
 
-def _image(value: Any, files_dir: str | None) -> Any:
+def _image(files_dir: str | None, value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"url"}:
         value = value["url"]
     if isinstance(value, str) and _URL.fullmatch(value):
@@ -79,13 +86,13 @@ def _image(value: Any, files_dir: str | None) -> Any:
     return _Image(url=f"data:{mime};base64,{data}")
 
 
-def _audio(value: Any, files_dir: str | None) -> Any:
+def _audio(files_dir: str | None, value: Any) -> Any:
     mime, data, _ = _content(value, files_dir, "audio", "a data: URL")
     kind = mime.removeprefix("audio/").removeprefix("x-")
     return dspy.Audio(data=data, audio_format={"mpeg": "mp3", "wave": "wav"}.get(kind, kind))
 
 
-def _file(value: Any, files_dir: str | None) -> Any:
+def _file(files_dir: str | None, value: Any) -> Any:
     if isinstance(value, dict) and "file_id" in value:
         if set(value) - {"file_id", "filename"} or not all(isinstance(text, str) for text in value.values()):
             raise unfit("expected file_id, which may have a filename, both text")
@@ -94,7 +101,7 @@ def _file(value: Any, files_dir: str | None) -> Any:
     return dspy.File(file_data=f"data:{mime};base64,{data}", filename=filename)
 
 
-def _history(value: Any, turn: Turn | None) -> Any:
+def _history(turn: Turn | None, value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"messages"}:
         value = value["messages"]
     if not isinstance(value, list):
@@ -107,52 +114,56 @@ def _history(value: Any, turn: Turn | None) -> Any:
     return dspy.History(messages=turns)
 
 
-_READERS: dict[type, Callable[[Any, str | None], Any]] = {
-    dspy.Image: _image,
-    dspy.Audio: _audio,
-    dspy.File: _file,
-}
+_READERS = {dspy.Image: _image, dspy.Audio: _audio, dspy.File: _file, dspy.History: _history}
 
 
 def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[str, str, str | None]:
     """The MIME type, base64 string and file name of a value; the type is of that kind, unless it is "file"."""
+    keys = set(value) if isinstance(value, dict) else set()
+    named = {"filename"} if kind == "file" else set()
+    filename = None
     if isinstance(value, str) and _URL.fullmatch(value):
         raise unfit("nothing is fetched; expected a data: URL with the bytes")
-    mime, data, filename = _read(value, files_dir, kind, forms)
-    if kind != "file" and not mime.startswith(f"{kind}/"):
-        raise unfit(f"expected the type {kind}/…, not {mime}")
-    return mime, data, filename
-
-
-def _read(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[str, str, str | None]:
     if isinstance(value, str) and value[:5].lower() == "data:":
         head, _, data = value.partition(",")
         found = _DATA_HEAD.fullmatch(head.strip())
         if found is None:
             raise unfit("the data: URL must say its MIME type and that it is base64: data:image/png;base64,…")
-        return found[1].lower(), _checked(data.strip()), None
-    keys = set(value) if isinstance(value, dict) else set()
-    named = {"filename"} if kind == "file" else set()
-    if {"base64", "mime"} <= keys <= {"base64", "mime"} | named:
-        return _mime(value["mime"]), _checked(value["base64"]), _filename(value.get("filename"))
-    if "path" in keys and keys <= {"path", "mime"} | named:
-        return _from_disk(value, files_dir)
-    raise unfit(f"expected {forms}, {{base64, mime}} or {{path}}")
+        mime, data = found[1], _base64(data.strip())
+    elif {"base64", "mime"} <= keys <= {"base64", "mime"} | named:
+        mime, data, filename = _mime(value["mime"]), _base64(value["base64"]), _filename(value)
+    elif "path" in keys and keys <= {"path", "mime"} | named:
+        if files_dir is None:
+            refused = "path: files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"
+            raise unfit(refused, NOT_ALLOWED)
+        try:
+            real, content = read_file(files_dir, value["path"], MAX_FILE_BYTES, "DSPY_BRIDGE_FILES_DIR")
+        except PydanticCustomError as error:
+            raise unfit(f"path: {error}", error.type) from None
+        mime, data = _mime(value.get("mime") or mimetypes.guess_type(real)[0]), base64.b64encode(content).decode()
+        filename = _filename(value) or os.path.basename(real)
+    else:
+        raise unfit(f"expected {forms}, {{base64, mime}} or {{path}}")
+    mime = mime.lower()
+    if kind != "file" and not mime.startswith(f"{kind}/"):
+        raise unfit(f"expected the type {kind}/…, not {mime}")
+    return mime, data, filename
 
 
 def _mime(value: object) -> str:
     if not isinstance(value, str) or not _MIME.fullmatch(value):
         raise unfit("mime: expected a MIME type such as image/png")
-    return value.lower()
-
-
-def _filename(value: object) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise unfit("filename: expected text")
     return value
 
 
-def _checked(data: object) -> str:
+def _filename(value: dict[str, Any]) -> str | None:
+    name = value.get("filename")
+    if name is not None and not isinstance(name, str):
+        raise unfit("filename: expected text")
+    return name
+
+
+def _base64(data: object) -> str:
     """The given string, if it is base64."""
     if not isinstance(data, str):
         raise unfit("base64: expected text")
@@ -164,15 +175,38 @@ def _checked(data: object) -> str:
     raise unfit("the content is not base64 (standard alphabet, with padding, no line breaks)")
 
 
-def _from_disk(value: dict[str, Any], files_dir: str | None) -> tuple[str, str, str | None]:
-    if files_dir is None:
-        refused = "files of this machine are not read; DSPY_BRIDGE_FILES_DIR can name a folder of them"
-        raise not_allowed(f"path: {refused}")
+# Do not wait for pipes or devices, do not follow links, and do not let child processes inherit the descriptor.
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def read_file(folder: str, path: object, most: int, setting: str) -> tuple[str, bytes]:
+    """The real path and the content of a file inside a folder, even if links change meanwhile.
+
+    Raises `unfit`. `setting`: that of the folder.
+    """
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise unfit("expected the name of a file")
     try:
-        real, content = confined_files.read(files_dir, value["path"], MAX_FILE_BYTES)
-    except confined_files.Outside:
-        raise not_allowed("path: leads out of the folder of DSPY_BRIDGE_FILES_DIR") from None
-    except confined_files.Unreadable as error:
-        raise unfit(f"path: {error}") from None
-    mime = _mime(value.get("mime") or mimetypes.guess_type(real)[0])
-    return mime, base64.b64encode(content).decode(), _filename(value.get("filename")) or os.path.basename(real)
+        root = os.path.realpath(folder)
+        # Links and `..` are resolved first; then each folder on the way is opened without following links.
+        real = os.path.realpath(os.path.join(root, path))
+        if os.path.commonpath((root, real)) != root:
+            raise unfit(f"leads out of the folder of {setting}", NOT_ALLOWED)
+        descriptor = os.open(root, _FLAGS)
+        try:
+            for name in Path(real).relative_to(root).parts:
+                outer, descriptor = descriptor, os.open(name, _FLAGS, dir_fd=descriptor)
+                os.close(outer)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise unfit("expected a regular file")
+            if status.st_size > most:
+                raise unfit(f"expected a file of at most {most} bytes")
+            with open(descriptor, "rb", closefd=False) as file:
+                return real, file.read(most)
+        finally:
+            os.close(descriptor)
+    except UnicodeEncodeError:
+        raise unfit("no name that a file can have") from None
+    except OSError as error:
+        raise unfit(f"cannot be read: {error.strerror}") from None

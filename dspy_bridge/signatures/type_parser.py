@@ -11,7 +11,6 @@ import dspy
 import pydantic
 
 from dspy_bridge.errors import InvalidArgs, short
-from dspy_bridge.signatures import json_schema
 
 # Python's parser holds the GIL: some 30 ms for 16,000 characters.
 MAX_CHARS = 16_000
@@ -39,13 +38,15 @@ _NAMES: dict[str, Any] = {
     # DSPy's own types.
     **{f(kind.__name__): kind for kind in (dspy.Image, dspy.Audio, dspy.File, dspy.History) for f in (str, str.lower)},
 }
-_DOTTED = ("typing", "dspy", "datetime")
 _CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
 # How many types they take; any number, if it is not here.
 _TAKES = {"list": 1, "set": 1, "frozenset": 1, "optional": 1, "dict": 2}
-# DSPex's types: list<string>, dict<string,any>, union<integer|float>. The strings in a Literal stay as they are.
-_ANGLES = {"<": "[", ">": "]"}
-_STRING_OR_ANGLE = re.compile(r"""'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|[<>]""", re.DOTALL)
+# DSPex's types, list<string>, dict<string,any>, union<integer|float>, have brackets of their own, and Python's may have
+# their module. The strings in a Literal stay as they are.
+_BRACKETS = {"<": "[", ">": "]"}
+_STRING_OR_OTHER = re.compile(
+    r"""('(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?)|[<>]|(?<![\w.])(?:typing|dspy|datetime)\.""", re.DOTALL
+)
 
 
 def read_type(value: object, where: str) -> Any:
@@ -55,6 +56,9 @@ def read_type(value: object, where: str) -> Any:
     if isinstance(value, str):
         return resolve(parse(value.strip(), where, "eval", value).body, where)
     if isinstance(value, dict):
+        # Most programs have none, and it takes 25 ms to import.
+        from dspy_bridge.signatures import json_schema
+
         return json_schema.to_annotation(value, where)
     raise InvalidArgs(f"{where}: expected text such as str, list[int] or Literal['a', 'b'], or a JSON Schema object")
 
@@ -63,7 +67,7 @@ def parse(code: str, where: str, mode: str, shown: str) -> Any:
     """The syntax tree of `code`, in a mode of `ast.parse`. Raises `InvalidArgs`, which quotes `shown`."""
     if len(code) > MAX_CHARS:
         raise InvalidArgs(f"{where}: expected at most {MAX_CHARS} characters; a signature may be an object instead")
-    code = _STRING_OR_ANGLE.sub(lambda found: _ANGLES.get(found[0], found[0]), code)
+    code = _STRING_OR_OTHER.sub(lambda found: found[1] or _BRACKETS.get(found[0], ""), code)
     while True:
         try:
             return ast.parse(code, mode=mode)
@@ -88,14 +92,12 @@ def resolve(node: ast.expr, where: str) -> Any:
 def _type_of(node: ast.expr, where: str) -> Any:
     if isinstance(node, ast.Constant) and node.value is None:
         return type(None)
-    if isinstance(node, (ast.Name, ast.Attribute)):
-        name = _name_of(node)
-        if name in _NAMES:
-            return _NAMES[name]
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+    if isinstance(node, ast.Name) and node.id in _NAMES:
+        return _NAMES[node.id]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return Union[_type_of(node.left, where), _type_of(node.right, where)]  # noqa: UP007 - built from values
-    elif isinstance(node, ast.Subscript):
-        name = _name_of(node.value).lower()
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+        name = node.value.id.lower()
         if name in _CONTAINERS or name in ("optional", "union", "literal"):
             return _generic(name, node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice], where)
     raise InvalidArgs(f"{where}: unknown type {short(ast.unparse(node))}; expected one such as str, int, list[str]")
@@ -124,12 +126,3 @@ def _literal(node: ast.expr, where: str) -> str | int | bool | None:
         return value
     got = short(ast.unparse(node))
     raise InvalidArgs(f"{where}: Literal takes strings in quotes, whole numbers, booleans and None, got {got}")
-
-
-def _name_of(node: ast.expr) -> str:
-    """The name of a node, without a module typing, dspy or datetime; empty for any other node."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in _DOTTED:
-        return node.attr
-    return ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import dspy
 import pydantic
 
-from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed, OutputInvalid, step
-from dspy_bridge.signatures import media, validation_errors
+from dspy_bridge.errors import BridgeError, InvalidArgs, NotAllowed, OutputInvalid, refuse_unknown, step
+from dspy_bridge.signatures import media
 
 # Outputs that DSPy's modules add to a signature's: a history may contain whole answers.
 _OF_MODULES = frozenset(("reasoning", "rationale", "trajectory", "final_reasoning", "tool_calls"))
@@ -27,20 +28,14 @@ class Contract:
     `inputs`: name to a validator, None if any value is valid; `outputs`: the same, for constrained ones only.
     """
 
-    def __init__(
-        self,
-        signature: type[dspy.Signature],
-        inputs: dict[str, Any],
-        outputs: dict[str, Any],
-        defaults: dict[str, Any],
-        files_dir: str | None,
-    ) -> None:
-        """`inputs` and `outputs`: annotations. `defaults`: those of optional inputs."""
+    def __init__(self, signature: type[dspy.Signature], defaults: dict[str, Any], files_dir: str | None) -> None:
+        """`defaults`: those of optional inputs."""
         self.signature = signature
-        self._kinds = {**inputs, **outputs}
+        self._kinds = {name: field.rebuild_annotation() for name, field in signature.fields.items()}
         self._files_dir = files_dir
         self._defaults = defaults
-        self.inputs = {name: _validator_of(kind, files_dir, self._turn) for name, kind in inputs.items()}
+        self.inputs = {name: _validator_of(self._kinds[name], files_dir, self._turn) for name in signature.input_fields}
+        outputs = {name: self._kinds[name] for name in signature.output_fields}
         # DSPy checks an answer without the constraints of Annotated.
         constrained = {name: kind for name, kind in outputs.items() if get_origin(kind) is Annotated}
         self.outputs = {name: pydantic.TypeAdapter(kind) for name, kind in constrained.items()}
@@ -55,21 +50,23 @@ class Contract:
         wrong: list[BridgeError] = [InvalidArgs(f"inputs{step(name)}: unknown field") for name in unknown[:_NAMED]]
         if len(unknown) > _NAMED:
             wrong.append(InvalidArgs(f"inputs: {len(unknown) - _NAMED} more unknown fields"))
-        values = {}
-        misnamed = bool(unknown)
+        values, misnamed = {}, bool(unknown)
         for name, validator in self.inputs.items():
-            if name not in inputs and name not in self._defaults:
-                if validator is None or not _takes_none(validator):
-                    misnamed = True
-                    wrong.append(InvalidArgs(f"inputs.{name}: missing"))
-                continue
-            value = inputs[name] if name in inputs else copy.deepcopy(self._defaults[name])
+            missing = name not in inputs and name not in self._defaults
+            value = inputs[name] if name in inputs else copy.deepcopy(self._defaults.get(name))
             try:
-                values[name] = value if validator is None else validator.validate_python(value)
+                if validator is not None:
+                    value = validator.validate_python(value)
+                elif missing:
+                    raise ValueError
             except (TypeError, ValueError) as error:
-                wrong.append(validation_errors.describe(f"inputs.{name}", error))
+                misnamed = misnamed or missing
+                wrong.append(InvalidArgs(f"inputs.{name}: missing") if missing else describe(f"inputs.{name}", error))
             except BridgeError as error:  # of a turn of a history
                 wrong.append(type(error)(f"inputs.{name}: {error}"))
+            else:
+                if not missing:
+                    values[name] = value
         if wrong:
             expected = f"; expected {', '.join(self.inputs) or 'no inputs'}" if misnamed else ""
             kind = NotAllowed if any(isinstance(error, NotAllowed) for error in wrong) else InvalidArgs
@@ -85,7 +82,7 @@ class Contract:
             try:
                 outputs[name] = constraint.validate_python(outputs.get(name))
             except pydantic.ValidationError as error:
-                text = f"the LM's answer did not fit the signature: {validation_errors.describe(name, error)}"
+                text = f"the LM's answer did not fit the signature: {describe(name, error)}"
                 raise OutputInvalid(text, name) from None
 
     @functools.cached_property
@@ -99,7 +96,7 @@ class Contract:
         others = {name: value for name, value in turn.items() if name not in of_modules}
         if not others:
             raise InvalidArgs(f"{where}: expected at least one of {', '.join(self._of_turns)}")
-        return {**of_modules, **validation_errors.read_values(others, self._of_turns, where)}
+        return {**of_modules, **read_values(others, self._of_turns, where)}
 
 
 def _is_text_or_null(annotation: Any) -> bool:
@@ -110,9 +107,9 @@ def _is_text_or_null(annotation: Any) -> bool:
 
 def _writable(value: Any) -> Any:
     if value is None:
-        raise validation_errors.unfit("expected text")
+        raise media.unfit("expected text")
     if isinstance(value, list) and any(isinstance(item, _NOT_IN_LISTS) for item in value):
-        raise validation_errors.unfit(
+        raise media.unfit(
             "expected text; a list with numbers, booleans or null (an Erlang charlist is one) needs a type "
             "such as list[int]"
         )
@@ -133,9 +130,34 @@ def _validator_of(
     return None if annotation is Any else pydantic.TypeAdapter(media.accepting(annotation, files_dir, turn))
 
 
-def _takes_none(validator: pydantic.TypeAdapter[Any]) -> bool:
-    try:
-        validator.validate_python(None)
-    except pydantic.ValidationError:
-        return False
-    return True
+def describe(where: str, error: Exception) -> BridgeError:
+    """An error of a validator as one of ours, without the value, which pydantic's text quotes."""
+    if not isinstance(error, pydantic.ValidationError):
+        return (NotAllowed if getattr(error, "type", "") == media.NOT_ALLOWED else InvalidArgs)(f"{where}: {error}")
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    refused = next((one for one in found if one["type"] == media.NOT_ALLOWED), None)
+    first = refused or found[0]
+    # Not pydantic's name for a member of a union.
+    place = "".join(step(part) for part in first["loc"] if not str(part).startswith("function-"))
+    text = f"{where}{place}: {first['msg']}"
+    return InvalidArgs(text) if refused is None else NotAllowed(text)
+
+
+def read_values(
+    given: dict[str, Any], types: Mapping[str, pydantic.TypeAdapter[Any] | None], where: str, strict: bool | None = None
+) -> dict[str, Any]:
+    """The values, each as its type has it; None: any value is valid. Raises `InvalidArgs` or `NotAllowed`."""
+    refuse_unknown(given, types, where)
+    read = {}
+    for name, value in given.items():
+        validator = types[name]
+        try:
+            read[name] = value if validator is None else validator.validate_python(value, strict=strict)
+        except (TypeError, ValueError) as error:
+            raise describe(f"{where}.{name}", error) from None
+    return read
+
+
+def read_options(given: dict[str, Any], types: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of options, without conversions. Raises `InvalidArgs`, naming the option."""
+    return read_values(given, {name: pydantic.TypeAdapter(kind) for name, kind in types.items()}, where, strict=True)

@@ -15,7 +15,7 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.dispatch.call import Call
-from dspy_bridge.lm import dspy_internals, main_loop
+from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.streaming import field_parsers
@@ -28,8 +28,6 @@ _READERS: dict[type, type[field_parsers.Reader]] = {
 _READERS |= {guarded_adapters.GUARDED[kind]: reader for kind, reader in _READERS.items()}
 # Fields of DSPy's modules before the outputs.
 _BEFORE = ("reasoning", "rationale")
-
-
 # The answer to the LM call that this context makes: its `format`, None for adapters other than those above, and its
 # `reader`.
 _answer: ContextVar[Any] = ContextVar("answer", default=None)
@@ -49,9 +47,8 @@ class Stream:
         fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
         self._fields = list(dict.fromkeys((*_BEFORE, *fields)))
         self._sent: dict[str, list[str]] = {}
-        # By predictor.
-        self._streamed: dict[int, set[str]] = {}
-        self._predictors: list[dspy.Predict] = []
+        # Predictors and what is streamed of each, by their ids.
+        self._streamed: dict[int, tuple[dspy.Predict, set[str]]] = {}
         self._in_pieces = dspy_internals.SEND_STREAM.there and dspy_internals.STREAM_LISTENERS.there
         left, unwritten = set(self._fields), set(signature.output_fields)
         for predictor in reversed(module.predictors()):
@@ -61,18 +58,17 @@ class Stream:
             streams = on_loop or isinstance(predictor.lm or dspy.settings.lm, LoopLM)
             # DSPy refuses to stream decisions.
             if streams and names and not unwritten.isdisjoint(outputs) and not getattr(predictor, "fields", None):
-                self._streamed[id(predictor)] = names
-                self._predictors.append(predictor)
+                self._streamed[id(predictor)] = predictor, names
                 left -= names
                 unwritten -= outputs.keys()
 
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"callbacks": [*dspy.settings.callbacks, _Watch(self._call)]}
         if self._in_pieces:
-            stream = self if self._predictors or self._on_loop else None
+            settings[dspy_internals.SEND_STREAM.attribute] = self if self._streamed or self._on_loop else None
             # DSPy sends the answers of the listeners' predictors, and without listeners all answers.
-            listeners = [SimpleNamespace(predict=predictor) for predictor in self._predictors or (None,)]
-            settings[dspy_internals.SEND_STREAM.attribute] = stream
+            predictors = [predictor for predictor, _ in self._streamed.values()] or [None]
+            listeners = [SimpleNamespace(predict=predictor) for predictor in predictors]
             settings[dspy_internals.STREAM_LISTENERS.attribute] = listeners
         return settings
 
@@ -82,19 +78,22 @@ class Stream:
         for field, text in chunks:
             self._sent.setdefault(field, []).append(text)
             # From sync code it may be called on another loop.
-            await main_loop.run(self._call.stream_item({"field": field, "chunk": text}))
-        _correct_progress(bool(chunks))
+            await lm_call.on_main_loop(self._call.stream_item({"field": field, "chunk": text}))
+        # DSPy notes for any piece that something was streamed. If nothing was sent and the answer cannot be parsed, the
+        # adapter makes a second attempt, in JSON.
+        for progress in dspy_internals.ADAPTER_CALLS.value.get() if dspy_internals.ADAPTER_CALLS.there else ():
+            progress.emitted = progress.sent = bool(chunks) or getattr(progress, "sent", False)
 
     def _read(self, piece: Any) -> list[field_parsers.Chunk]:
         answer = _answer.get()
-        names = self._streamed.get(getattr(piece, "predict_id", None) or 0)
-        if names is None or answer is None or answer.format is None or not piece.choices:
+        streamed = self._streamed.get(getattr(piece, "predict_id", None) or 0)
+        if streamed is None or answer is None or answer.format is None or not piece.choices:
             return []
         choice = piece.choices[0]
         if getattr(choice, "index", 0):
             return []
         if answer.reader is None:
-            answer.reader = answer.format(names)
+            answer.reader = answer.format(streamed[1])
         chunks = list(answer.reader.feed(choice.delta.content or ""))
         if choice.finish_reason is not None:
             # Further completions (`n`) follow; the first one is the result.
@@ -114,16 +113,6 @@ class Stream:
             # If something else was sent, it cannot be corrected.
             if isinstance(text, str) and text.startswith(sent) and text != sent:
                 await self._call.stream_item({"field": field, "chunk": text[len(sent) :]})
-
-
-def _correct_progress(sent: bool) -> None:
-    """Correct DSPy's flag that something of an answer was streamed: set for any piece, here only for sent ones.
-
-    If it is unset and the answer cannot be parsed, the adapter makes a second attempt, in JSON.
-    """
-    for progress in dspy_internals.ADAPTER_CALLS.value.get() if dspy_internals.ADAPTER_CALLS.there else ():
-        progress.sent = sent or getattr(progress, "sent", False)
-        progress.emitted = progress.sent
 
 
 class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.adapters import json_answers
+from dspy_bridge.lm.adapters import json_answers  # noqa: F401  # its import changes DSPy's JSON adapter
 
 
 class Item(pydantic.BaseModel):
@@ -22,7 +22,6 @@ class Holder(pydantic.BaseModel):
 
 
 def in_json_mode(annotation: Any) -> bool:
-    json_answers.install()
     asked: dict[str, Any] = {}
     signature = dspy.Signature({"q": (str, dspy.InputField()), "a": (annotation, dspy.OutputField())})
     getattr(dspy.JSONAdapter(), dspy_internals.RESPONSE_FORMAT.attribute)(dspy.LM("openai/gpt-4o"), asked, signature)

@@ -9,11 +9,8 @@ import dspy
 import json_repair
 import pytest
 
-from dspy_bridge.lm.adapters import json_answers
 from dspy_bridge.lm.adapters.guarded_adapters import guarded
 from dspy_bridge.lm.adapters.json_answers import TooMuchToRepair
-
-json_answers.install()
 
 # Before there was a limit, each took from a minute to hours, a hundredth of it seconds.
 ENDLESS = ['["', "{", "[{", "(", "{[(", '["{",']

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm import lm_options, servers
+from dspy_bridge.lm import lm_options
+from dspy_bridge.lm.transport import routes
 
 PEERS = {
     "model": "openai/big",
@@ -123,7 +124,9 @@ def test_extra_options_that_name_another_server_take_nothing_there(extra: dict[s
     [
         ({"api_bas": "x"}, "lm.api_bas: unknown option; did you mean api_base?"),
         ({"max_token": 5}, "lm.max_token: unknown option; did you mean max_tokens?"),
-        ({"foo": 5}, "lm.foo: unknown option; What only your provider takes goes under extra"),
+        ({"foo": 5}, "lm.foo: unknown option; what only your provider takes goes under extra"),
+        ({"temperature": "hot"}, "lm.temperature: expected a number"),
+        ({"max_tokens": 0.5}, "lm.max_tokens: expected a whole number"),
         ({"callbacks": []}, "lm.callbacks: cannot be given as JSON"),
         ({"inherit": 1}, "lm.inherit: expected true or false"),
         ({"connect_timeout": 0}, "lm.connect_timeout: expected a positive number of seconds"),
@@ -180,8 +183,8 @@ def test_limits_are_of_a_server_and_a_key_however_they_are_named(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     monkeypatch.setenv("OPENAI_API_BASE", "http://here/v1/")
-    wanted = servers.limited_account({"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"})
-    assert (servers.limited_account(options) == wanted) == same
+    wanted = routes.limited_account({"model": "openai/m", "api_base": "http://here/v1", "api_key": "sk-1"})
+    assert (routes.limited_account(options) == wanted) == same
 
 
 @pytest.mark.parametrize(
@@ -264,8 +267,8 @@ def test_an_option_of_the_server_of_a_wrong_type_takes_no_key(name: str, wrong: 
     """DSPy refuses it, or the provider."""
     options = complete({"model": "anthropic/small", "api_base": "http://there/v1", name: wrong})
     assert "sk-peer" not in str(options)
-    servers.account(options)
-    servers.limited_account(options)
+    routes.account(options)
+    routes.limited_account(options)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm import rate_limits
 from dspy_bridge.lm.rate_limits import Gate, Lane, Limits, Ticket
 
@@ -52,13 +52,14 @@ class World:
 class Waiter:
     def __init__(self, world: World, lane: Lane, deadline: float | None) -> None:
         self.world, self.lane = world, lane
-        self.ticket = Ticket(lane, deadline, self.settle)
+        self.ticket = Ticket(lane, deadline)
+        self.ticket.gone.add_done_callback(self.settled)
         self.state = "waiting"
         self.text = ""
 
-    def settle(self, refusal: Overloaded | None) -> None:
+    def settled(self, gone: Future[None]) -> None:
         assert self.state == "waiting"
-        if refusal is not None:
+        if (refusal := gone.exception()) is not None:
             self.state, self.text = "refused", str(refusal)
             return
         self.state = "sent"
@@ -141,7 +142,7 @@ def test_counts_outlive_the_lms_of_an_account_and_do_not_grow_without_end() -> N
     assert rate_limits.lane("mine", limits) is mine and rate_limits.lane("mine", Limits()).gate is mine.gate
     for number in range(2 * rate_limits._MOST_GATES):
         rate_limits.lane(f"tenant {number}", limits)
-    assert len(rate_limits._gates) == rate_limits._MOST_GATES
+    assert rate_limits._gate.cache_info().currsize == rate_limits._MOST_GATES
     for number in range(100):
         mine.gate.lane(Limits(tokens_per_minute=number + 1))
     assert mine.gate.lanes() == [mine], "no LM has the others any more"

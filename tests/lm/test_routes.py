@@ -8,7 +8,7 @@ import pytest
 from dspy.clients.engines import LM15Engine
 from dspy.lm15 import RouterConfig, UnknownModelError
 
-from dspy_bridge.lm import lm_call, rate_limits
+from dspy_bridge.lm import dspy_internals, lm_call, rate_limits
 from dspy_bridge.lm.rate_limits import Limits
 from dspy_bridge.lm.transport import routes
 
@@ -71,13 +71,14 @@ def test_routes_are_those_of_dspy() -> None:
 def test_a_change_of_the_proxies_is_seen_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(routes.time, "monotonic", lambda: now)
+    monkeypatch.setattr(dspy_internals.PROXIES, "value", lambda: getproxies())
     asked: list[float] = []
 
     def getproxies() -> dict[str, str]:
         asked.append(now)
         return {"http": f"http://proxy:{len(asked)}"}
 
-    proxies = routes._now_and_then(getproxies)
+    proxies = routes._proxies
     assert [proxies()["http"] for _ in range(1000)] == ["http://proxy:1"] * 1000
     now += 1.0
     assert proxies()["http"] == "http://proxy:2"

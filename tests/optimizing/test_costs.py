@@ -11,7 +11,7 @@ from lm_server import LMServer
 from optimizing_host import EVERY
 from shared_peers import shared_peer
 
-from dspy_bridge.optimizing.arguments import OPTIMIZERS
+from dspy_bridge.optimizing.optimizers import OPTIMIZERS
 
 
 def table() -> list[list[str]]:

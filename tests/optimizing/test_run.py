@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dspy_bridge.dispatch.call import Limiter
-from dspy_bridge.optimizing.arguments import Budget
+from dspy_bridge.optimizing.optimizers import Budget
 from dspy_bridge.optimizing.run import Run
-
-
-class Call:
-    ends = None
 
 
 @pytest.fixture
@@ -43,8 +40,8 @@ def test_a_slot_that_is_given_up_is_the_next_ones(other: asyncio.AbstractEventLo
     async def scenario() -> None:
         limiter = Limiter(1, 10)
         await limiter.acquire()
-        call: Any = Call()
-        run = Run(call, limiter, Budget())
+        call: Any = SimpleNamespace(ends=None, limiter=limiter)
+        run = Run(call, Budget())
         tasks: list[asyncio.Task[None]] = []
         asked, stopped, go_on = threading.Event(), threading.Event(), threading.Event()
 

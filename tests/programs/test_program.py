@@ -1,4 +1,4 @@
-"""program and lm_factory: where modules run, and LMs shared by equal options. With the real DSPy."""
+"""program and dspy_setup: where modules run, and LMs shared by equal options. With the real DSPy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from lm_server import chat
 from peer import PATIENCE
 
-from dspy_bridge.lm import dspy_setup, lm_factory
+from dspy_bridge.lm import dspy_setup
 from dspy_bridge.lm.offline import echo_lm, offline_lm
 from dspy_bridge.programs import remote_tools
 from dspy_bridge.programs.runners import Runner, ToolCallRunner
@@ -64,7 +64,7 @@ def test_an_lms_connections_are_closed_when_nobody_has_it_any_more(models: dspy_
     server = start_lm(answer)
 
     async def use() -> None:
-        lm = lm_factory.make({"model": "openai/x", **server.options()})
+        lm = dspy_setup.make_lm({"model": "openai/x", **server.options()})
         with models.context(lm.copy(), None):
             await asyncio.gather(*(lm.acall(f"hello {number}") for number in range(120)))
             del lm

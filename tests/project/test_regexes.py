@@ -64,8 +64,8 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         ["x sk-abcdef", "Bearer  abcdef", "AIzaabcdefghij"],
     ),
     "history:_DATA": (lambda text: history._DATA.sub("", text), ["ab cd", "a" * 255 + " b", "ab=="]),
-    "type_parser:_STRING_OR_ANGLE": (
-        lambda text: type_parser._STRING_OR_ANGLE.sub("", text),
+    "type_parser:_STRING_OR_OTHER": (
+        lambda text: type_parser._STRING_OR_OTHER.sub("", text),
         ["list<'a\\'b', \"c\">"],
     ),
     "remote_tools:_NAME": (lambda text: remote_tools._NAME.fullmatch(text), ["ab"]),

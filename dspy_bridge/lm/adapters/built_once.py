@@ -37,19 +37,21 @@ def per_type(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return get
 
 
-def install() -> None:
-    """Put these in DSPy's place, once in a process."""
-    adapter_of = per_type(pydantic.TypeAdapter)
-    for name in dspy_internals.TYPE_ADAPTERS:
-        name.wrap(lambda _type_adapter: adapter_of)
-    dspy_internals.RESPONSE_MODEL.wrap(functools.lru_cache(_MOST))
-    dspy_internals.FORMAT_TRAJECTORY.wrap(lambda _method: _format_trajectory)
+for _name in dspy_internals.TYPE_ADAPTERS:
+    _name.replace(per_type(pydantic.TypeAdapter))
+
+
+@dspy_internals.RESPONSE_MODEL.replace
+@functools.lru_cache(_MOST)
+def _response_model(*args: Any, **options: Any) -> Any:
+    return dspy_internals.RESPONSE_MODEL.value(*args, **options)
 
 
 # The signature only says in which order the fields are written.
 _trajectory = functools.lru_cache(_MOST_STEPS)(lambda fields: dspy.Signature(f"{fields} -> x"))
 
 
+@dspy_internals.FORMAT_TRAJECTORY.replace
 def _format_trajectory(_agent: Any, trajectory: Any) -> Any:
     adapter = dspy.settings.adapter or dspy.ChatAdapter()
     return adapter.format_user_message_content(_trajectory(", ".join(trajectory)), trajectory)

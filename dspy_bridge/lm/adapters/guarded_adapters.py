@@ -159,19 +159,13 @@ GUARDED: dict[type, Any] = {
 }
 
 
-def install() -> None:
-    """Guard and count the adapters that DSPy goes on to where an answer could not be read. Once in a process."""
-    dspy_internals.JSON_FALLBACK.wrap(_in_json)
-
-
-def _in_json(fallback: Any) -> Any:
-    def in_json(adapter: Any) -> dspy.Adapter:
-        if (meter := lm_call.run().meter) is not None:
-            meter.fell_back()
-        made = fallback(adapter)
-        return guarded(made, strict=adapter.strict) if isinstance(adapter, _Guarded) else made
-
-    return in_json
+@dspy_internals.JSON_FALLBACK.replace
+def _in_json(adapter: Any) -> dspy.Adapter:
+    """Guards and counts the adapter that DSPy goes on to where an answer could not be read."""
+    if (meter := lm_call.run().meter) is not None:
+        meter.fell_back()
+    made = dspy_internals.JSON_FALLBACK.value(adapter)
+    return guarded(made, strict=adapter.strict) if isinstance(adapter, _Guarded) else made
 
 
 def _refuse_contradictions(fields: Collection[str], sections: Iterable[tuple[str, Any]]) -> None:

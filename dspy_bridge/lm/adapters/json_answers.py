@@ -26,25 +26,16 @@ _MOST_BRACES = 1_000_000
 _repair = json_repair.loads
 
 
-def install() -> None:
-    """Put these in the place of DSPy's and `json_repair`'s."""
-    dspy_internals.RESPONSE_FORMAT.wrap(_choosing)
-    json_repair.loads = _loads
-
-
-def _choosing(choose: Any) -> Any:
-    @functools.wraps(choose)
-    def chosen(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
-        before = lm_kwargs.get("response_format")
-        choose(adapter, lm, lm_kwargs, signature)
-        asked = lm_kwargs.get("response_format")
-        if asked is not before and isinstance(asked, type) and _has_map(asked):
-            asked = lm_kwargs["response_format"] = {"type": "json_object"}
-        meter = lm_call.run().meter
-        if meter is not None and asked == {"type": "json_object"} and lm.supports_response_schema:
-            meter.fell_back()
-
-    return chosen
+@dspy_internals.RESPONSE_FORMAT.replace
+def _choose_format(adapter: Any, lm: Any, lm_kwargs: dict[str, Any], signature: Any) -> None:
+    before = lm_kwargs.get("response_format")
+    dspy_internals.RESPONSE_FORMAT.value(adapter, lm, lm_kwargs, signature)
+    asked = lm_kwargs.get("response_format")
+    if asked is not before and isinstance(asked, type) and _has_map(asked):
+        asked = lm_kwargs["response_format"] = {"type": "json_object"}
+    meter = lm_call.run().meter
+    if meter is not None and asked == {"type": "json_object"} and lm.supports_response_schema:
+        meter.fell_back()
 
 
 @functools.lru_cache(256)
@@ -95,6 +86,9 @@ def _loads(json_str: Any = "", *args: Any, **options: Any) -> Any:
     text = _Counted(json_str) if type(json_str) is str else json_str
     value: Any = _repair(text, *args, **options)
     return str(value) if type(value) is _Counted else value
+
+
+json_repair.loads = _loads
 
 
 def object_in(completion: str) -> str:

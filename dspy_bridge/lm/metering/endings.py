@@ -13,7 +13,7 @@ import dspy
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid
 from dspy_bridge.lm import lm_call
-from dspy_bridge.lm.transport import admission
+from dspy_bridge.lm.transport import outgoing
 
 # In the `config` of a program or a call; ours, so DSPy does not get it.
 ALLOW_TRUNCATED = "allow_truncated"
@@ -38,19 +38,14 @@ def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | 
     return config, allowed
 
 
-def install() -> None:
-    # DSPy calls it for each answer, unless history is off; it would keep 10,000 prompts.
-    dspy.BaseLM.update_history = _ended
-
-
 def _ended(lm: Any, entry: dict[str, Any]) -> None:
     """An LM has answered, or the cache. Raises `CutOff`."""
     call, run, usage, outputs = lm_call.current.get(), lm_call.run(), entry["usage"] or {}, entry["outputs"]
     reasons = _reasons_of(entry["response"])
     run.spend(_count(usage))
     if call is not None:
-        if call.target is not None and call.target.lane.gate.watched:
-            admission.spend(call.target, _count(usage))
+        if call.target is not None:
+            outgoing.spend(call.target, _count(usage))
         call.usage = usage
         # Only then: a run may have thousands of long answers.
         call.outputs = None if call.entry is None else list(outputs)
@@ -62,6 +57,10 @@ def _ended(lm: Any, entry: dict[str, Any]) -> None:
         if not whole or not keeping_whole.get():
             _refuse({**lm.kwargs, **entry["kwargs"]}, getattr(entry.get("request"), "config", None))
         outputs[:] = whole
+
+
+# DSPy calls it for each answer, unless history is off; it would keep 10,000 prompts.
+dspy.BaseLM.update_history = _ended
 
 
 def _count(usage: dict[str, Any]) -> int:

@@ -23,7 +23,7 @@ import dspy
 from dspy_bridge import tracing
 from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall
-from dspy_bridge.lm.transport import admission, outgoing, routes
+from dspy_bridge.lm.transport import outgoing, routes
 from dspy_bridge.logs import redaction
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
@@ -31,27 +31,22 @@ _importing: Future[None] | None = None
 _lock = Lock()
 
 
-def install() -> None:
-    """Put an engine of ours in the place of that by which DSPy calls LiteLLM, once in a process."""
-    dspy_internals.LITELLM_ENGINE.wrap(_engine)
+@dspy_internals.LITELLM_ENGINE.replace
+class _Engine(dspy_internals.LITELLM_ENGINE.value or object):  # type: ignore[misc]  # DSPy ships no types
+    """That by which DSPy calls LiteLLM."""
 
+    async def complete(self, request: Any) -> Any:
+        async with _call(self, request):
+            return await super().complete(request)
 
-def _engine(kind: Any) -> Any:
-    class Engine(kind):  # type: ignore[misc]  # DSPy ships no types
-        async def complete(self, request: Any) -> Any:
-            async with _call(self, request):
-                return await super().complete(request)
+    async def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
+        async with _call(self, request):
+            return await super().complete_legacy(lm, request, **context)
 
-        async def complete_legacy(self, lm: Any, request: Any, **context: Any) -> Any:
-            async with _call(self, request):
-                return await super().complete_legacy(lm, request, **context)
-
-        async def stream(self, request: Any) -> AsyncIterator[Any]:
-            async with _call(self, request), aclosing(super().stream(request)) as events:
-                async for event in events:
-                    yield event
-
-    return Engine
+    async def stream(self, request: Any) -> AsyncIterator[Any]:
+        async with _call(self, request), aclosing(super().stream(request)) as events:
+            async for event in events:
+                yield event
 
 
 @asynccontextmanager
@@ -59,7 +54,7 @@ async def _call(engine: Any, request: Any) -> AsyncIterator[None]:
     # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
     await asyncio.shield(asyncio.wrap_future(start()))
     _refuse_elsewhere(engine, request)
-    async with admission.admitted():
+    async with outgoing.admitted():
         with _guarded():
             yield
 

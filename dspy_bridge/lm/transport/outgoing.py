@@ -2,6 +2,7 @@
 
 In this order: it waits for the limits of its account and counts for the budget of its run, gets the run's
 `traceparent`, connects within the `connect_timeout`, and of the answer a redirect is refused and the bytes are counted.
+So does each attempt of DSPy's retries; what the cache answers does not come here.
 
 DSPy has no place for a header of one call: an LM's options are part of the cache's key, so the cache would never hit,
 and a header among them makes DSPy call LiteLLM in place of its own engine. So the transports of its engine are wrapped;
@@ -11,20 +12,23 @@ for LiteLLM see `litellm_route`.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import dspy
 
 from dspy_bridge import tracing
+from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm import dspy_internals, lm_call
-from dspy_bridge.lm.lm_call import Target
-from dspy_bridge.lm.transport import admission
+from dspy_bridge.lm.lm_call import LMCall, Target
+from dspy_bridge.lm.rate_limits import INFINITE, Gate, Ticket
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
@@ -36,6 +40,8 @@ _FIRST_DELAY = 0.1
 _SHORTEST = 0.001
 # What DSPy's transports and LiteLLM's clients raise if there is no connection.
 _NO_CONNECTION = ("ConnectError", "ConnectTimeout")
+# The statuses by which a server refuses a request that it may take later.
+_REFUSALS = (429, 503)
 T = TypeVar("T")
 
 
@@ -47,6 +53,98 @@ class LMUnreachable(dspy.LMError):  # type: ignore[misc]
     """No connection to the LM's server. DSPy does not try again."""
 
 
+@asynccontextmanager
+async def admitted() -> AsyncIterator[None]:
+    """Around a request of the call under way: it begins once that may be sent, and ends with the answer.
+
+    Raises `LMOverloaded`.
+    """
+    call = lm_call.current.get()
+    if call is None or call.target is None:
+        yield
+        return
+    call.run.request()
+    ticket, gate = None, call.target.lane.gate
+    if gate.watched:
+        ticket = Ticket(call.target.lane, call.run.deadline)
+        call.begin_wait()
+        _change(gate, gate.enter, ticket)
+        try:
+            await asyncio.wrap_future(ticket.gone)
+        except BaseException as error:
+            # Cancelled on another loop it may have its place by now.
+            _change(gate, gate.leave, ticket)
+            call.run.not_sent()
+            if isinstance(error, Overloaded):
+                raise call.run.overloaded(str(error)) from None
+            raise
+    call.end_wait()
+    call.first_chunk = None
+    try:
+        yield
+    finally:
+        if ticket is not None:
+            _change(gate, gate.leave, ticket)
+
+
+def spend(target: Target, tokens: int) -> None:
+    """Count the tokens of an answer. From any thread."""
+    gate = target.lane.gate
+    if gate.watched:
+        _change(gate, gate.spend, tokens, target.lane)
+
+
+# The timers of gates where requests wait.
+_timers: dict[Gate, asyncio.TimerHandle] = {}
+
+
+def _change(gate: Gate, change: Callable[..., None], *args: Any) -> None:
+    def changed() -> None:
+        change(*args)
+        _advance(gate)
+
+    lm_call.call_on_main_loop(changed)
+
+
+def _advance(gate: Gate) -> None:
+    if (timer := _timers.pop(gate, None)) is not None:
+        timer.cancel()
+    seconds = gate.advance()
+    if seconds != INFINITE:
+        # Its context must not keep the run that happened to start the timer.
+        later = asyncio.get_running_loop().call_later
+        _timers[gate] = later(seconds, functools.partial(_advance, gate), context=contextvars.Context())
+
+
+def _refused(call: LMCall, target: Target, retry_after: str) -> None:
+    """A server has refused a request: let all of the account wait for as long as it asks for.
+
+    Raises `LMOverloaded` if DSPy would wait past the deadline of this one.
+    """
+    # Until the next attempt, for which DSPy waits.
+    call.begin_wait()
+    seconds = _seconds(retry_after)
+    if not 0 < seconds < INFINITE:
+        return
+    _change(target.lane.gate, target.lane.gate.pause, seconds)
+    if target.retries and call.run.deadline is not None:
+        left = call.run.deadline - time.monotonic()
+        if seconds > left:
+            text = f"the LM's server refused a request for {seconds:.1f} s; {max(0.0, left):.1f} s are left"
+            raise call.run.overloaded(text)
+
+
+def _seconds(retry_after: str) -> float:
+    """Of a Retry-After header: a number, or a date; 0 if it is neither."""
+    try:
+        return float(retry_after)
+    except ValueError:
+        try:
+            return parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+
+
 class Answer:
     """An answer, of which each piece is counted. Redirects and what is too long raise `LMAnswerRefused`."""
 
@@ -54,10 +152,10 @@ class Answer:
         """`private`: a redirect would take a prompt or a key to another server."""
         call = lm_call.current.get()
         self._left = most
-        self._streamed: lm_call.LMCall | None = None
+        self._streamed: LMCall | None = None
         if call is not None and call.target is not None:
-            if status in admission.REFUSALS:
-                admission.refused(call, call.target, header("retry-after"))
+            if status in _REFUSALS:
+                _refused(call, call.target, header("retry-after") or "")
             if (header("content-type") or "").startswith("text/event-stream"):
                 self._streamed = call
         if private and 300 <= status < 400:
@@ -98,53 +196,36 @@ async def connect(attempt: Callable[[float | None], Awaitable[T]], target: Targe
         delay *= 2
 
 
-def install() -> None:
-    """Wrap them, once in a process."""
-    dspy_internals.CONNECTIONS.wrap(lambda options: lambda config: {"max_connections": _CONNECTIONS, **options(config)})
-    dspy_internals.TRANSPORT.wrap(_sending)
+@dspy_internals.CONNECTIONS.replace
+def _transport_options(config: Any) -> dict[str, Any]:
+    return {"max_connections": _CONNECTIONS, **dspy_internals.CONNECTIONS.value(config)}
 
 
-def _sending(stream: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stream)
-    @asynccontextmanager
-    async def send(self: Any, request: Any) -> AsyncIterator[Any]:
-        request, target = _traced(request), lm_call.target()
-        async with admission.admitted(), AsyncExitStack() as stack:
+@dspy_internals.TRANSPORT.replace
+@asynccontextmanager
+async def _send(transport: Any, request: Any) -> AsyncIterator[Any]:
+    if (traceparent := tracing.current()) is not None:
+        # The only one: an LM with headers of its own goes through LiteLLM.
+        request = dataclasses.replace(request, headers=[*request.headers, (tracing.TRACEPARENT, traceparent)])
+    async with admitted(), AsyncExitStack() as stack:
 
-            async def attempt(seconds: float | None) -> Any:
-                timed = dataclasses.replace(request, connect_timeout=seconds)
-                return await stack.enter_async_context(stream(self, timed))
+        async def attempt(seconds: float | None) -> Any:
+            timed = dataclasses.replace(request, connect_timeout=seconds)
+            return await stack.enter_async_context(dspy_internals.TRANSPORT.value(transport, timed))
 
-            response = await connect(attempt, target, request.url)
-            answer = Answer(response.status, response.header)
+        response = await connect(attempt, lm_call.target(), request.url)
+        answer = Answer(response.status, response.header)
 
-            async def chunks() -> AsyncIterator[bytes]:
-                async with aclosing(aiter(response)) as pieces:
-                    async for piece in pieces:
-                        yield answer.piece(piece)
+        async def chunks() -> AsyncIterator[bytes]:
+            async with aclosing(aiter(response)) as pieces:
+                async for piece in pieces:
+                    yield answer.piece(piece)
 
-            async def release(_consumed: bool) -> None:
-                await response.aclose()
-
-            yield _with_body(response, chunks(), release)
-
-    return send
-
-
-def _traced(request: Any) -> Any:
-    traceparent = tracing.current()
-    if traceparent is None:
-        return request
-    # The only one: an LM with headers of its own goes through LiteLLM.
-    return dataclasses.replace(request, headers=[*request.headers, (tracing.TRACEPARENT, traceparent)])
-
-
-def _with_body(response: Any, chunks: Any, release: Callable[[bool], Any]) -> Any:
-    return type(response)(
-        status=response.status,
-        reason=response.reason,
-        headers=response.headers,
-        http_version=response.http_version,
-        chunks=chunks,
-        release=release,
-    )
+        yield type(response)(
+            status=response.status,
+            reason=response.reason,
+            headers=response.headers,
+            http_version=response.http_version,
+            chunks=chunks(),
+            release=lambda _consumed: response.aclose(),
+        )

@@ -17,7 +17,7 @@ import pytest
 from lm_server import _Server, chat, completion, event
 from peer import PATIENCE, Peer
 
-from dspy_bridge.lm import event_loop_lm
+from dspy_bridge.lm import event_loop_lm  # noqa: F401  # its import brings sync calls to the event loop
 from dspy_bridge.lm.transport import outgoing
 
 QA = {"id": "qa", "signature": "question -> answer"}
@@ -156,8 +156,6 @@ def test_below_the_limit_an_answer_is_whole(peer: Peer, send: Any, way: str, str
 def test_an_lm_that_the_application_calls_in_a_thread_has_the_same_limit(
     send: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outgoing.install()
-    event_loop_lm.install()
     monkeypatch.setattr(outgoing, "most", LIMIT)
     data = [answer("short", False), b" " * LIMIT]
     short, long = send("", lambda _: iter(data[:1])), send("", lambda _: iter(data))

@@ -183,7 +183,7 @@ def test_a_defect_of_an_adapter_is_no_argument_error_whatever_was_given(start: C
             reply = peer.call("execute_program", {**ASK, **given, "inputs": {"question": f"{word} private"}})
             assert reply["error_type"] == "internal" and "private" not in reply["error"], (word, given, reply)
             reference = reply["error"].split()[-1]
-    reply = peer.call("execute_program", {**ASK, "config": {"n": "many"}})
+    reply = peer.call("execute_program", {**ASK, "config": {"stop": 5}})
     assert reply["error_type"] == "invalid_args" and reply["error"].startswith("config: ")
     _, _, log = peer.finish()
     assert f"internal error {reference}" in log and log.count("host.py") >= 12 and "private" not in log

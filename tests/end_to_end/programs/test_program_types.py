@@ -93,12 +93,13 @@ def giving(reward: Any) -> Any:
     return give
 
 
+NUMBER = 'expected a number, a boolean or {"score": number, "feedback": text} as the score'
 FAILURES = [
     (OOPS, 1, {"error_type": "lm_error", "retryable": True}),
     ((401, {"error": {"message": "oops"}}), 1, {"error_type": "lm_error", "retryable": False}),
     (SECRET, 1, {"error_type": "output_invalid"}),
     (chat(answer="no"), ToolError(SECRET), {"error_type": "tool_error", "error": f"score: {SECRET}"}),
-    (chat(answer="no"), SECRET, {"error_type": "tool_error", "error": "score: expected a number as the reward"}),
+    (chat(answer="no"), SECRET, {"error_type": "tool_error", "error": f"score: {NUMBER}"}),
     (chat(answer="no"), None, {"error_type": "tool_error"}),
     (chat(answer="no"), [1], {"error_type": "tool_error"}),
     (chat(answer="no"), 10**400, {"error_type": "tool_error"}),

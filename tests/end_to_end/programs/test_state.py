@@ -193,7 +193,7 @@ def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path
 
 
 def test_a_state_path_leads_to_a_state_in_the_folder(served: Served) -> None:
-    """`test_confined_files` has the other ways out of it."""
+    """`test_media` has the other ways out of it."""
     saved(dspy.Predict(QA), served.folder / "good.json")
     (served.folder / "deep.json").write_text("[" * 100_000)
     (served.folder / "list.json").write_text("[]")

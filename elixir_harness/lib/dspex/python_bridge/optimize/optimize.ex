@@ -167,6 +167,10 @@ defmodule DSPex.PythonBridge.Optimize do
         {:ok, error} ->
           {error, progress}
 
+        # Somebody killed it.
+        :down ->
+          {{:error, Error.new(:internal, "the process that creates the program ended")}, progress}
+
         {:timeout, _ref} ->
           {{:error, Error.new(:timeout)}, progress}
       end

@@ -49,6 +49,9 @@ defmodule DSPex.PythonBridge.Program.Settings do
     end
   end
 
+  defp one(:adapter, %{} = given, _type, _fields),
+    do: known!(given, :adapter, ~w(name extraction_model))
+
   defp one(key, %{} = given, _type, _fields) when key in [:lm, :config],
     do: known!(given, key, names()["#{key}"])
 
@@ -59,12 +62,19 @@ defmodule DSPex.PythonBridge.Program.Settings do
   defp one(:demos, demos, _type, fields) when is_list(demos) do
     names = Enum.map(fields, & &1.name)
 
-    for {%{} = demo, index} <- Enum.with_index(demos), {key, value} <- demo do
+    for {demo, index} <- Enum.with_index(demos),
+        not is_map(demo),
+        do: refuse("demos[#{index}]", "expected a keyword list or a map, got #{shown(demo)}")
+
+    for {demo, index} <- Enum.with_index(demos), {key, value} <- demo do
       known!(%{key => value}, "demos[#{index}]", names)
       field = Enum.find(fields, &(&1.name == Payload.string(key)))
       enum!(field.type, value, "demos[#{index}].#{field.name}")
     end
   end
+
+  defp one(:demos, demos, _type, _fields) when demos != nil,
+    do: refuse("demos", "expected a list of keyword lists or maps, got #{shown(demos)}")
 
   defp one(_key, _value, _type, _fields), do: :ok
 

@@ -58,6 +58,10 @@ defmodule DSPex.PythonBridge.Program.Tools do
   defp tool(name, opts, where) do
     keyword!(opts, where, @options)
     check_function(opts[:function], "#{where}.function")
+
+    if Keyword.has_key?(opts, :args) and Keyword.has_key?(opts, :parameters),
+      do: refuse(where, "has :args and :parameters; expected one of them")
+
     args = if Keyword.has_key?(opts, :parameters), do: %{}, else: %{args: args(opts, where)}
 
     opts

@@ -230,6 +230,15 @@ defmodule DSPex.PythonBridge.OptimizeTest do
       assert_receive {"cleanup", %{"program_ids" => [^id]}, _answer}, 5_000
     end
 
+    test "the end of the process that creates the program is an error of the run" do
+      bridge = start_told()
+      task = Task.async(fn -> optimize(bridge, reply()) end)
+      assert_receive {"create_program", _args, _answer}, 5_000
+      {:monitored_by, by} = Process.info(task.pid, :monitored_by)
+      Enum.each(by -- [self(), bridge], &Process.exit(&1, :kill))
+      assert {:error, %Error{type: :internal}} = Task.await(task)
+    end
+
     test "the caller does not wait for the end of the program" do
       run = fn _nth ->
         bridge = start_told()

@@ -329,6 +329,8 @@ defmodule DSPex.ProgramDefinitionTest do
           {~s(signature: "q -> a", program_type: :react), "tools: react needs at least one"},
           {~s(signature: "q -> a", adapter: "jsn"),
            ~s(adapter: unknown adapter "jsn"; expected one of chat, json, xml, or)},
+          {~s(signature: "q -> a", adapter: [name: "two_step", extraction_modell: "x"]),
+           ~s(adapter.extraction_modell: unknown name, did you mean "extraction_model"?)},
           {~s(signature: "q -> a", lm: [modell: "x"]),
            ~s(lm.modell: unknown name, did you mean "model"?)},
           {~s(signature: "q -> a", config: %{"temprature" => 1}),
@@ -336,6 +338,11 @@ defmodule DSPex.ProgramDefinitionTest do
           {~s(signature: "q -> a", program_type: :refine, options: [treshold: 1]),
            ~s(options.treshold: unknown name, did you mean "threshold"?)},
           {~s(signature: "q -> a", demos: [[q: "x", b: "y"]]), "demos[0].b: unknown name"},
+          {~s(signature: "q -> a", demos: [q: "x"]),
+           "demos: expected a list of keyword lists or maps"},
+          {~s(signature: "q -> a", demos: ["x"]), "demos[0]: expected a keyword list or a map"},
+          {~s(signature: "q -> a", tools: [now: [args: [q: :string], parameters: %{}]]),
+           "tools.now: has :args and :parameters; expected one of them"},
           {~s(signature: [inputs: [q: :string], outputs: [m: {:list, {:enum, [:calm]}}]], demos: [%{m: [:sad]}]),
            ~s(demos[0].m[0]: expected "calm")}
         ] do
