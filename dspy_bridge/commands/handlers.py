@@ -38,10 +38,7 @@ class Commands:
         send_log: SendRecord | None = None,
         when_room: Callable[[Callable[[], object]], bool] = lambda _callback: False,
     ) -> None:
-        """`send` and `when_room` are as for `Dispatcher`.
-
-        `send_log` sends a log record to the owner, where the settings ask for log frames; without it all go to stderr.
-        """
+        """`send` and `when_room`: see `Dispatcher`; `send_log` sends log records, where the settings ask for it."""
         logs.choose(settings.log_level, send_log if settings.log_frames else None)
         self._settings = settings
         self._started = time.monotonic()

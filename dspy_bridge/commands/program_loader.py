@@ -80,16 +80,26 @@ class ProgramLoader:
         if entry.failure is not None and time.monotonic() < entry.reload_at:
             raise LoadFailed(entry.id, entry.failure)
         if entry.loading is None:
-            entry.loading = self.build(entry.definition)
-            # Runs before the waiters do.
-            entry.loading.add_done_callback(lambda done: _loaded(entry, done))
+            entry.loading = asyncio.create_task(self._load(entry))
+            # Retrieved in any case: all waiters may have been cancelled, and asyncio would log the failure.
+            entry.loading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # A cancelled waiter does not stop it for the others.
+        return await asyncio.shield(entry.loading)
+
+    async def _load(self, entry: Entry) -> Program:
+        """Records how the load ended, before any waiter sees it. That of a lazy program may be tried again."""
         try:
-            # A cancelled waiter does not stop it for the others.
-            return await asyncio.shield(entry.loading)
+            program = await self.build(entry.definition)
         except BaseException as error:  # user code may raise anything
-            if entry.failure is None or isinstance(error, asyncio.CancelledError):
+            if not entry.lazy:
                 raise
+            entry.loading = None
+            entry.failure = replies.describe(error)
+            seconds = _RETRY_SECONDS if isinstance(error, SetupFailed) else _RELOAD_SECONDS
+            entry.reload_at = time.monotonic() + seconds
             raise LoadFailed(entry.id, entry.failure) from None
+        entry.loaded, entry.failure = True, None
+        return program
 
     def build(self, definition: dict[str, Any]) -> asyncio.Future[Program]:
         """A program of a definition, loaded anew. On the event loop."""
@@ -111,7 +121,7 @@ class ProgramLoader:
 
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""
-        if self._gc.changed(count, removed=True):
+        if self._gc.changed(count, removed=True) and self._lms is not None:
             self._thread.submit(self._gc.freeze)
 
     @functools.cached_property
@@ -165,16 +175,3 @@ def _import() -> type[LMs]:
         gc.freeze()
         gc.enable()
     return LMs
-
-
-def _loaded(entry: Entry, load: asyncio.Future[Program]) -> None:
-    """Records how a load ended. The failed load of a lazy program may be tried again."""
-    # Retrieved in any case: all waiters may have been cancelled, and asyncio would log the failure.
-    error = None if load.cancelled() else load.exception()
-    entry.loaded = error is None
-    entry.failure = None
-    if error is not None and entry.lazy:
-        entry.loading = None
-        entry.failure = replies.describe(error)
-        seconds = _RETRY_SECONDS if isinstance(error, SetupFailed) else _RELOAD_SECONDS
-        entry.reload_at = time.monotonic() + seconds

@@ -63,10 +63,8 @@ def exit_now(why: str | None = None) -> None:
     """End the process and its descendants at once: replies cannot be written. `why`: None if nobody reads them."""
     if why is not None:
         log(f"stdout: {why}")
-    try:
-        watchdog.end_children()
-    finally:
-        os._exit(0 if why is None else 1)
+    watchdog.end_children()
+    os._exit(0 if why is None else 1)
 
 
 def _serve_frames(

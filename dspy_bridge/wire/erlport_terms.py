@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dspy_bridge.wire.json_values import MAX_INT_DIGITS
+from dspy_bridge.wire.json_values import INT_LIMIT, MAX_INT_DIGITS
 
-_INT_LIMIT = 10**MAX_INT_DIGITS
 # jiter reads 200 levels, and the request is one; deeper terms are refused here, with their path.
 MAX_LEVELS = 199
 # First bytes of pids and references (an alias is one) in the external term format, in which ErlPort passes them; the
@@ -128,6 +127,6 @@ def _text(term: bytes, path: str) -> str:
 
 
 def _checked(term: int, path: str) -> int:
-    if not -_INT_LIMIT < term < _INT_LIMIT:
+    if not -INT_LIMIT < term < INT_LIMIT:
         raise Unfit(path, f"expected integers of at most {MAX_INT_DIGITS} digits", "invalid_json")
     return term

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 MAX_INT_DIGITS = 4300
 # Values that are nested deeper become strings. orjson stops at 254 levels of its `default` hook.
 MAX_DEPTH = 200
-_INT_LIMIT = 10**MAX_INT_DIGITS
+INT_LIMIT = 10**MAX_INT_DIGITS
 
 
 def encode_value(value: Any) -> bytes:
@@ -58,7 +58,7 @@ def _plain(value: Any, inside: tuple[int, ...]) -> Any:
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, int) and not isinstance(value, bool):
         # Python does not format a longer one as decimal.
-        return int(value) if -_INT_LIMIT < value < _INT_LIMIT else hex(value)
+        return int(value) if -INT_LIMIT < value < INT_LIMIT else hex(value)
     if id(value) in inside:
         return f"<{type(value).__name__} that contains itself>"
     if len(inside) > MAX_DEPTH:

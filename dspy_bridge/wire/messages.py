@@ -206,7 +206,7 @@ def readable_id(payload: bytes) -> Id | None:
 
 
 def readable_call_id(payload: bytes) -> int | None:
-    """The tool call at the start of an unreadable payload, so that its program gets the error instead of waiting."""
+    """The tool call at the start of an unreadable payload, for the same reason."""
     match = re.match(_FIRST_KEY_TOOL_RESULT, payload)
     return None if match is None else int(match[1])
 

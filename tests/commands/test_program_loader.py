@@ -45,8 +45,11 @@ def test_a_failed_load_is_tried_again_later_and_not_before(
 
     async def scenario() -> None:
         nonlocal now
-        both = await asyncio.gather(loader.load(entry), loader.load(entry), return_exceptions=True)
-        for failed in both:
+        waiters = []
+        while entry.failure is None:  # at each step of the loop
+            waiters.append(asyncio.ensure_future(loader.load(entry)))
+            await asyncio.sleep(0)
+        for failed in await asyncio.gather(*waiters, return_exceptions=True):
             assert isinstance(failed, LoadFailed)
             assert str(failed) == f"program x could not be loaded: {error}"
         now += seconds - 0.1
