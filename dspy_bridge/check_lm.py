@@ -45,7 +45,7 @@ def check(given: dict[str, Any], *, asking: bool = False) -> dict[str, Any]:
 
     variables = set(os.environ)
     try:
-        split = lm_options.split(lm_options.complete(given, "lm_options", of_settings=True), "lm_options")
+        split = lm_options.split(lm_options.complete(given, "lm_options", of_settings=True))
         model, options = split.model, split.of_dspy
         if asking:
             from dspy_bridge.lm import probe

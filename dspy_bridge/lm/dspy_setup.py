@@ -205,7 +205,7 @@ class _Connections:
 
 def make_lm(options: dict[str, Any]) -> dspy.BaseLM:
     """`options`: complete, as of `lm_options`. Raises `InvalidArgs` or `LMNotConfigured`."""
-    model, of_dspy, scope, connect_timeout, limits, supports, key_of = lm_options.split(options, "lm")
+    model, of_dspy, scope, connect_timeout, limits, supports, key_of = lm_options.split(options)
     if "answers" in of_dspy and model != offline_lm.SCRIPT:
         raise InvalidArgs(f"lm.answers: only for {offline_lm.SCRIPT}")
     try:

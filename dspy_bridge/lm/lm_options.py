@@ -6,7 +6,7 @@ belongs to it (key, headers, timeouts). A request that names an address itself g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dspy_bridge.errors import InvalidArgs, nearest
@@ -35,9 +35,6 @@ _OF_CALLS = (
     *("reasoning_effort", "reasoning", "thinking", "verbosity", "modalities", "audio", "prediction", "user"),
     *("metadata", "store", "service_tier", "web_search_options", "extra_body", "cache", "rollout_id", "extra"),
 )
-# Those that are numbers, and whole ones. A wrong type reaches the provider, if LiteLLM is there.
-_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_WHOLE = ("max_tokens", "max_completion_tokens", "top_k", "n", "seed", "top_logprobs")
 _OF_LMS = (
     *("model", "model_type", "num_retries", "use_developer_role", "finetuning_model", "engine"),
     *("inherit", "answers", "supports"),
@@ -56,10 +53,44 @@ _OWN = frozenset(("messages", "prompt", "request"))
 _NAMES = frozenset((*routes.ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
 # `metering/endings` takes the last one before a `config` comes here.
 _CONFIG_NAMES = frozenset((*routes.ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
-
-
-# The plausible range of numbers; anything else is a mistake.
+# The plausible range of numbers; anything else is a mistake. JSON also has ones that no float can hold.
 _LEAST, _MOST = 1e-6, 1e15
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and _LEAST <= value <= _MOST
+
+
+def _is_cache(value: Any) -> bool:
+    if isinstance(value, dict) and value.keys() == {"scope"}:
+        return isinstance(value["scope"], str) and value["scope"] != ""
+    return isinstance(value, bool)
+
+
+def _is_supports(value: Any) -> bool:
+    named = isinstance(value, list) and value != [] and all(name in CAPABILITIES for name in value)
+    return named or value in ("none", ["none"])
+
+
+# Which values an option may have, and how errors say it. Of the others DSPy or the provider judges.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "inherit": (lambda value: isinstance(value, bool), "true or false"),
+    "connect_timeout": (_is_positive, "a positive number of seconds"),
+    "max_in_flight": (lambda value: type(value) is int and value >= 1, "a whole number, at least 1"),
+    "requests_per_minute": (_is_positive, "a positive number"),
+    "tokens_per_minute": (_is_positive, "a positive number"),
+    "cache": (_is_cache, 'true, false or {"scope": text}'),
+    "supports": (_is_supports, f'["none"], or a list of {", ".join(CAPABILITIES)}'),
+    "extra": (lambda value: isinstance(value, dict), "an object of what the provider takes beyond DSPy's own settings"),
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+        (lambda value: type(value) in (int, float), "a number"),
+    ),
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens", "top_k", "n", "seed", "top_logprobs"),
+        (lambda value: type(value) is int, "a whole number"),
+    ),
+}
 
 
 class LMOptions(NamedTuple):
@@ -89,16 +120,13 @@ def complete(
     options = {"model": given} if isinstance(given, str) else given
     if not isinstance(options, dict):
         raise InvalidArgs(f'{where}: expected text such as "openai/gpt-4o-mini", or an object with model')
-    refuse_unknown(options, _NAMES, where)
+    _check(options, _NAMES, where)
     model = options.get("model")
     # LiteLLM searches in longer ones for seconds.
     if not isinstance(model, str) or not 0 < len(model) <= 1000:
         raise InvalidArgs(f'{where}.model: expected text such as "openai/gpt-4o-mini", of at most 1000 characters')
-    inherit = options.get("inherit", True)
-    if not isinstance(inherit, bool):
-        raise InvalidArgs(f"{where}.inherit: expected true or false")
+    inherit = options.get("inherit")
     options = {name: value for name, value in options.items() if name != "inherit" and value is not None}
-    split(options, where)
     routes.refuse_ignored_address(options, where)
     if of_settings:
         return options
@@ -107,7 +135,7 @@ def complete(
         if places.keys() != {"custom_llm_provider"}:
             options.setdefault("api_key", NO_KEY)
         return options
-    if default is None or not inherit or not routes.have_one_provider(options, default):
+    if default is None or inherit is False or not routes.have_one_provider(options, default):
         return options
     return {**_inherited(options, default), **options}
 
@@ -119,24 +147,22 @@ def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return complete({**kept, **changes}, "config", options)
 
 
-def split(options: dict[str, Any], where: str) -> LMOptions:
-    """Complete options as `LMOptions`. Raises `InvalidArgs`."""
+def split(options: dict[str, Any]) -> LMOptions:
+    """Complete options as `LMOptions`."""
     of_dspy = dict(options)
-    _refuse_wrong_numbers(of_dspy, where)
-    timeout = of_dspy.pop("connect_timeout", CONNECT_TIMEOUT)
-    if not _is_positive(timeout):
-        raise InvalidArgs(f"{where}.connect_timeout: expected a positive number of seconds")
-    if "cache" in of_dspy:
-        of_dspy["cache"], scope = _cache(of_dspy["cache"], where)
-    else:
-        scope = None
-    supports = _supports(of_dspy.pop("supports"), where) if "supports" in of_dspy else None
-    of_dspy.update(_extra(of_dspy.pop("extra", None), where))
-    limits = _limits({name: of_dspy.pop(name, None) for name in Limits._fields}, where)
+    timeout = float(of_dspy.pop("connect_timeout", CONNECT_TIMEOUT))
+    scope = None
+    if isinstance(of_dspy.get("cache"), dict):
+        of_dspy["cache"], scope = True, of_dspy["cache"]["scope"]
+    supports = None
+    if "supports" in of_dspy:
+        supports = frozenset(CAPABILITIES).intersection(of_dspy.pop("supports"))
+    of_dspy.update(of_dspy.pop("extra", {}))
+    limits = Limits(*(of_dspy.pop(name, None) for name in Limits._fields))
     key_of = of_dspy.pop(_KEY_OF, None)
     model = of_dspy.pop("model")
     of_dspy.update(routes.of_environment(model, of_dspy))
-    return LMOptions(model, of_dspy, scope, float(timeout), limits, supports, key_of)
+    return LMOptions(model, of_dspy, scope, timeout, limits, supports, key_of)
 
 
 def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,9 +170,8 @@ def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Those are of the connection, and of the cache.
     """
-    refuse_unknown(given, _CONFIG_NAMES, "config")
-    _refuse_wrong_numbers(given, "config")
-    elsewhere = isinstance(given.get("extra"), dict) and routes.places({"extra": given["extra"]})
+    _check(given, _CONFIG_NAMES, "config")
+    elsewhere = given.get("extra") and routes.places({"extra": given["extra"]})
     of_lm = {
         name: given[name]
         for name in given
@@ -155,26 +180,26 @@ def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = {name: value for name, value in given.items() if name not in of_lm}
     if isinstance(settings.get("cache"), dict):
         of_lm["cache"] = settings.pop("cache")
-    settings.update(_extra(settings.pop("extra", None), "config"))
+    settings.update(settings.pop("extra", None) or {})
     return settings, of_lm
 
 
-def refuse_unknown(given: Iterable[str], known: frozenset[str], where: str) -> None:
-    """Raises `InvalidArgs` for a name that is not an option of an LM, with the nearest one."""
-    for name in given:
+def _check(given: dict[str, Any], known: frozenset[str], where: str) -> None:
+    """Raises `InvalidArgs` for a name that is not an option of an LM, with the nearest one, and for a wrong value."""
+    for name, value in given.items():
         if name in _OBJECTS:
             raise InvalidArgs(f"{where}.{name}: cannot be given as JSON")
         if name not in known:
             near = nearest(name, sorted(known))
             hint = f"did you mean {near}?" if near else "what only your provider takes goes under extra"
             raise InvalidArgs(f"{where}.{name}: unknown option; {hint}")
-
-
-def _refuse_wrong_numbers(options: dict[str, Any], where: str) -> None:
-    for names, kinds, expected in ((_NUMBERS, (int, float), "a number"), (_WHOLE, (int,), "a whole number")):
-        for name in names:
-            if options.get(name) is not None and type(options[name]) not in kinds:
+        if value is not None and name in _EXPECTED:
+            fits, expected = _EXPECTED[name]
+            if not fits(value):
                 raise InvalidArgs(f"{where}.{name}: expected {expected}")
+    for name in given.get("extra") or {}:
+        if name in _NAMES or name in _OBJECTS or name in _OWN or name in _OTHER_LMS:
+            raise InvalidArgs(f"{where}.extra.{name}: not one of the provider's own options")
 
 
 def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
@@ -193,47 +218,3 @@ def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, An
     if "extra" in inherited and "extra" in options:
         options["extra"] = {**inherited["extra"], **options["extra"]}
     return inherited
-
-
-def _cache(given: object, where: str) -> tuple[bool, str | None]:
-    if isinstance(given, bool):
-        return given, None
-    if isinstance(given, dict) and given.keys() == {"scope"} and isinstance(given["scope"], str) and given["scope"]:
-        return True, given["scope"]
-    raise InvalidArgs(f'{where}.cache: expected true, false or {{"scope": text}}')
-
-
-def _is_positive(value: Any) -> bool:
-    """Whether it is a number to reckon with: JSON also has ones that no float can hold, or no quotient of it."""
-    return type(value) in (int, float) and _LEAST <= value <= _MOST
-
-
-def _limits(given: dict[str, Any], where: str) -> Limits:
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name == "max_in_flight":
-            if type(value) is not int or value < 1:
-                raise InvalidArgs(f"{where}.{name}: expected a whole number, at least 1")
-        elif not _is_positive(value):
-            raise InvalidArgs(f"{where}.{name}: expected a positive number")
-    return Limits(**given)
-
-
-def _supports(given: object, where: str) -> frozenset[str]:
-    if given in ("none", ["none"]):
-        return frozenset()
-    if not isinstance(given, list) or not given or any(name not in CAPABILITIES for name in given):
-        raise InvalidArgs(f'{where}.supports: expected ["none"], or a list of {", ".join(CAPABILITIES)}')
-    return frozenset(given)
-
-
-def _extra(given: object, where: str) -> dict[str, Any]:
-    if given is None:
-        return {}
-    if not isinstance(given, dict):
-        raise InvalidArgs(f"{where}.extra: expected an object of what the provider takes beyond DSPy's own settings")
-    for name in given:
-        if name in _NAMES or name in _OBJECTS or name in _OWN or name in _OTHER_LMS:
-            raise InvalidArgs(f"{where}.extra.{name}: not one of the provider's own options")
-    return given

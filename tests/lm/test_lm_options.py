@@ -83,7 +83,7 @@ def test_what_a_model_supports_is_inherited_by_the_same_model_alone() -> None:
     peers = {**PEERS, "supports": ["response_schema"]}
 
     def supports(given: object) -> object:
-        return lm_options.split(lm_options.complete(given, "lm", peers), "lm").supports
+        return lm_options.split(lm_options.complete(given, "lm", peers)).supports
 
     assert supports("openai/big") == supports({"model": "openai/big", "temperature": 1}) == {"response_schema"}
     assert supports({"model": "openai/big", "supports": "none"}) == frozenset()
@@ -292,6 +292,6 @@ def test_an_address_in_the_environment_is_the_api_base_of_dspys_own_engine(
     address = "http://here" if variable.startswith(("ANTHROPIC", "OLLAMA")) else "http://here/v1/"
     monkeypatch.setenv(variable, address)
     given = lm_options.complete(options, "lm", of_settings=True)
-    of_dspy = lm_options.split(given, "lm").of_dspy
+    of_dspy = lm_options.split(given).of_dspy
     assert of_dspy.get("api_base") == wanted
     assert (of_dspy.get("engine") == "lm15") == (wanted is not None)

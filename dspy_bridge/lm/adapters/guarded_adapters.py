@@ -24,10 +24,6 @@ from dspy_bridge.runtime import event_loop
 
 Signature = type[dspy.Signature]
 
-# By adapter and signature: they depend on nothing else.
-_system_messages: dict[Any, Any] = {}
-_MOST_KEPT = 1_000
-
 # Large, and not text in a prompt.
 _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
 
@@ -86,12 +82,7 @@ class _Guarded:
         return corrections.add_to(messages, type(self), signature)
 
     def format_system_message(self, signature: Signature) -> Any:
-        key = type(self), signature, signature.instructions
-        if key not in _system_messages:
-            if len(_system_messages) >= _MOST_KEPT:
-                _system_messages.clear()
-            _system_messages[key] = super().format_system_message(signature)  # type: ignore[misc]
-        return _system_messages[key]
+        return _system_message(type(self), signature, signature.instructions)  # type: ignore[arg-type]
 
     def format_user_message_content(self, signature: Signature, inputs: Any, *args: Any, **options: Any) -> Any:
         clean = functools.partial(self._clean_input, signature)
@@ -117,6 +108,11 @@ class _Guarded:
         if self.strict:
             _refuse_contradictions(signature.output_fields, self._sections(completion))
         return fields
+
+
+@functools.lru_cache(1_000)
+def _system_message(kind: Any, signature: Signature, _instructions: str) -> Any:
+    return super(_Guarded, kind()).format_system_message(signature)  # it depends on nothing else
 
 
 class ChatAdapter(_Guarded, dspy.ChatAdapter):  # type: ignore[misc]  # DSPy ships no types

@@ -82,34 +82,27 @@ _SAME = {
 def _reasons_of(given: Any) -> list[str | None]:
     """Why the LM stopped, for each answer of one call. `given`: DSPy's answers, or a provider's as LiteLLM has it."""
     try:
-        answers = given if isinstance(given, tuple) else (given,) if hasattr(given, "finish_reason") else ()
-        if answers:
-            return [_reason(answer.finish_reason, answer) for answer in answers]
         if choices := _get(given, "choices"):
             return [_named(_get(choice, "finish_reason")) for choice in choices]
-        return [_of_status(given)]
+        return [_reason(answer) for answer in (given if isinstance(given, tuple) else (given,))]
     except Exception:  # an LM of the user's may answer anything
         return [None]
 
 
-def _reason(reason: Any, response: Any) -> str | None:
-    if reason == "tool_call":
-        # For DSPy an answer with a tool call has ended with it, also where the provider cut it off.
-        given = response.provider_data
-        choices = _get(given, "choices") or [{}]
-        for of_provider in (_get(choices[0], "finish_reason"), _get(given, "stop_reason"), _of_status(given)):
-            if of_provider is not None and _named(of_provider) == "length":
-                return "length"
-    return _named(reason)
-
-
-def _of_status(raw: Any) -> str | None:
-    """Of OpenAI's Responses API, which has no finish reasons."""
-    status = _get(raw, "status")
-    if status == "incomplete":
-        return _named(_get(_get(raw, "incomplete_details"), "reason"))
+def _reason(answer: Any) -> str | None:
+    reason = _get(answer, "finish_reason")
+    if reason not in (None, "tool_call"):
+        return _named(reason)
+    # For DSPy an answer with a tool call has ended with it, also where the provider cut it off. OpenAI's Responses API
+    # has no finish reasons.
+    raw = answer if reason is None else answer.provider_data
+    choices = _get(raw, "choices") or [None]
+    details = _get(_get(raw, "incomplete_details"), "reason")
+    of_provider = _named(_get(choices[0], "finish_reason") or _get(raw, "stop_reason") or details)
+    if reason is not None:
+        return "length" if of_provider == "length" else _named(reason)
     called = any(_get(item, "type") == "function_call" for item in _get(raw, "output") or ())
-    return ("tool_calls" if called else "stop") if status == "completed" else None
+    return ("tool_calls" if called else "stop") if _get(raw, "status") == "completed" else of_provider
 
 
 def _named(reason: Any) -> str | None:

@@ -53,17 +53,13 @@ class _Engine(dspy_internals.LITELLM_ENGINE.value or object):  # type: ignore[mi
 async def _call(engine: Any, request: Any) -> AsyncIterator[None]:
     # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
     await asyncio.shield(asyncio.wrap_future(start()))
-    _refuse_elsewhere(engine, request)
-    async with outgoing.admitted():
-        with _guarded():
-            yield
-
-
-def _refuse_elsewhere(engine: Any, request: Any) -> None:
-    """Raises `LMElsewhere`. The request: an object with all options or a typed `Request`."""
+    # The request is an object with all options or a typed `Request`.
     options = {**engine.client_options, **(request if isinstance(request, dict) else {})}
     model = engine.wire_model or options.get("model") or request.model
     routes.refuse_elsewhere(model, options.get("custom_llm_provider"))
+    async with outgoing.admitted():
+        with _guarded():
+            yield
 
 
 @contextmanager
