@@ -29,7 +29,7 @@ exit ${status:-0}
 MIX = """#!/bin/sh
 case "$*" in
   *compile*) exit 0 ;;
-  *x_test.exs:7*) echo "5 tests, 0 failures, ${EXCLUDED:-4} excluded"; exit 0 ;;
+  *x_test.exs:7*) echo "2 doctests, 3 tests, 0 failures, ${EXCLUDED:-4} excluded"; exit 0 ;;
 esac
 [ "$MIX_TEST_PARTITION" = 1 ] || { echo "1 test, 0 failures"; exit 0; }
 printf '  1) test a peer that hangs (XTest)\\n     Parameters: %%{kind: :pool}\\n'
