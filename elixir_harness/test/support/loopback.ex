@@ -7,8 +7,9 @@ defmodule DSPex.Test.Loopback do
   def start(serve) do
     owner = self()
 
-    {:ok, listener} =
-      :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}, reuseaddr: true])
+    # With the default backlog of 5 the connections of 20 runs at once are tried again after a second.
+    opts = [:binary, active: false, ip: {127, 0, 0, 1}, reuseaddr: true, backlog: 128]
+    {:ok, listener} = :gen_tcp.listen(0, opts)
 
     {:ok, port} = :inet.port(listener)
     acceptor = spawn_link(fn -> accept(listener, &serve.(&1, owner)) end)

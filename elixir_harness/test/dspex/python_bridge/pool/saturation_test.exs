@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Pool.SaturationTest do
 
     # One and a half seconds' work; a ping behind it is missed three times over.
     calls = for _ <- 1..30, do: Task.async(fn -> Pool.call(@pool, :who, %{x: @big}, 30_000) end)
-    eventually(fn -> match?([%{pending: 30}], Pool.status(@pool).peers) end)
+    eventually(fn -> match?([%{pending: n}] when n > 5, Pool.status(@pool).peers) end)
     assert Pool.call(@pool, :who, %{}, 1) == {:error, :timeout}
 
     assert calls |> Task.await_many(30_000) |> Enum.uniq() == [{:ok, %{"pid" => os_pid}}]
