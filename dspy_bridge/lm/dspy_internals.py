@@ -128,7 +128,7 @@ FORMAT_VALUE = Name(
     "dspy.adapters.utils:format_field_value", "objects that quote field headers are not cleaned", "field_info", "value"
 )
 
-# What DSPy builds for each value: see `adapters/built_once`.
+# What DSPy builds for each value: see `adapters/guarded_adapters`.
 _ANEW = "agents and typed values are slower"
 TYPE_ADAPTERS = [Name(f"dspy.adapters.{module}:TypeAdapter", _ANEW, "type") for module in ("utils", "xml_adapter")]
 TOOL_ARGUMENTS = Name("dspy:Tool._validate_and_parse_args", _ANEW, "self")

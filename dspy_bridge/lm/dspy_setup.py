@@ -27,9 +27,9 @@ if not hasattr(dspy, "lm15"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
 from dspy_bridge.lm import dspy_internals, lm_call, lm_options, rate_limits
-from dspy_bridge.lm.adapters import built_once, guarded_adapters  # noqa: F401  # see `dspy_internals.Name.replace`
+from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
-from dspy_bridge.lm.metering import endings  # noqa: F401
+from dspy_bridge.lm.metering import endings  # noqa: F401  # see `dspy_internals.Name.replace`
 from dspy_bridge.lm.offline import echo_lm, offline_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction

@@ -1,4 +1,4 @@
-"""built_once: types are built once, found by identity; system messages follow their signatures."""
+"""guarded_adapters: types are built once, found by identity; system messages follow their signatures."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import dspy
 import pydantic
 
-from dspy_bridge.lm.adapters import built_once
+from dspy_bridge.lm.adapters import guarded_adapters
 from dspy_bridge.lm.adapters.guarded_adapters import guarded
 
 
 def test_a_type_is_built_once_and_by_its_identity() -> None:
     """`int | str` equals `str | int`, but an LM is shown another schema."""
     made: list[Any] = []
-    get = built_once.per_type(lambda kind: made.append(kind) or pydantic.TypeAdapter(kind))
+    get = guarded_adapters.per_type(lambda kind: made.append(kind) or pydantic.TypeAdapter(kind))
     one, other = int | str, str | int
     assert one == other
     schemas = [get(kind).json_schema()["anyOf"][0]["type"] for kind in (one, other, one, other)]

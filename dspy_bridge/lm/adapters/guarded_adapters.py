@@ -3,7 +3,9 @@
 Adapters mark fields with plain text and take the first field of each name in an answer. So text that quotes a marker,
 of an input or of an LM that repeats it, could begin the next field in the middle of another.
 
-Prompts whose inputs have no markers are DSPy's to the byte. Adapters of any other class are left as they are.
+Prompts whose inputs have no markers are DSPy's to the byte. Adapters of any other class are left as they are. What
+DSPy builds anew for each value or call is built once for each type or signature: its signature for each step of a
+ReAct, a `TypeAdapter` for each value, system messages, response schemas.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from dspy_bridge.runtime import event_loop
 
 Signature = type[dspy.Signature]
 
+# Types of all programs together, some KB each. Past it all are built again.
+_MOST = 1_000
+# Signatures of trajectories, one for each number of steps: of 60 steps they take some 25 MB.
+_MOST_STEPS = 64
 # Large, and not text in a prompt.
 _MEDIA = (dspy.Image, dspy.Audio, dspy.File)
 
@@ -110,7 +116,7 @@ class _Guarded:
         return fields
 
 
-@functools.lru_cache(1_000)
+@functools.lru_cache(_MOST)
 def _system_message(kind: Any, signature: Signature, _instructions: str) -> Any:
     return super(_Guarded, kind()).format_system_message(signature)  # it depends on nothing else
 
@@ -199,3 +205,39 @@ def _clean_field(info: Any, value: Any, clean: field_markers.Change, clean_forma
         cleaned = clean(text if isinstance(value, dspy.Type) else field_markers.without_types(text))
         return value if cleaned == text else cleaned
     return field_markers.changed(value, lambda text: clean(field_markers.without_types(text)))
+
+
+def per_type(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`make`, called once for each type, by its identity: `int | str` equals `str | int`, but has another schema."""
+    # With the type, as its id belongs to another one after its end.
+    made: dict[int, tuple[Any, Any]] = {}
+
+    def get(kind: Any) -> Any:
+        found = made.get(id(kind))
+        if found is None:
+            if len(made) >= _MOST:
+                made.clear()
+            found = made[id(kind)] = kind, make(kind)
+        return found[1]
+
+    return get
+
+
+for _name in dspy_internals.TYPE_ADAPTERS:
+    _name.replace(per_type(pydantic.TypeAdapter))
+
+
+@dspy_internals.RESPONSE_MODEL.replace
+@functools.lru_cache(_MOST)
+def _response_model(*args: Any, **options: Any) -> Any:
+    return dspy_internals.RESPONSE_MODEL.value(*args, **options)
+
+
+# The signature only says in which order the fields are written.
+_trajectory = functools.lru_cache(_MOST_STEPS)(lambda fields: dspy.Signature(f"{fields} -> x"))
+
+
+@dspy_internals.FORMAT_TRAJECTORY.replace
+def _format_trajectory(_agent: Any, trajectory: Any) -> Any:
+    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    return adapter.format_user_message_content(_trajectory(", ".join(trajectory)), trajectory)

@@ -15,7 +15,6 @@ import importlib.util
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from threading import Lock
 from typing import Any
 
 import dspy
@@ -27,8 +26,8 @@ from dspy_bridge.lm.transport import outgoing, routes
 from dspy_bridge.logs import redaction
 from dspy_bridge.runtime.daemon_threads import DaemonThreads
 
-_importing: Future[None] | None = None
-_lock = Lock()
+# One at a time.
+_importing = DaemonThreads(1, "dspy_bridge-litellm")
 
 
 @dspy_internals.LITELLM_ENGINE.replace
@@ -52,7 +51,8 @@ class _Engine(dspy_internals.LITELLM_ENGINE.value or object):  # type: ignore[mi
 @asynccontextmanager
 async def _call(engine: Any, request: Any) -> AsyncIterator[None]:
     # Shielded: a cancelled waiter does not stop the import for the others. The next call tries again what failed.
-    await asyncio.shield(asyncio.wrap_future(start()))
+    if not _import.cache_info().currsize:
+        await asyncio.shield(asyncio.wrap_future(start()))
     # The request is an object with all options or a typed `Request`.
     options = {**engine.client_options, **(request if isinstance(request, dict) else {})}
     model = engine.wire_model or options.get("model") or request.model
@@ -81,14 +81,11 @@ def _guarded() -> Iterator[None]:
 
 
 def start() -> Future[None]:
-    """Start the import, unless it is under way or done."""
-    global _importing
-    with _lock:
-        if _importing is None or (_importing.done() and _importing.exception() is not None):
-            _importing = DaemonThreads(1, "dspy_bridge-litellm").submit(_import)
-        return _importing
+    """Import LiteLLM, unless that is done."""
+    return _importing.submit(_import)
 
 
+@functools.cache
 def _import() -> None:
     if not routes.has_litellm():
         raise dspy.LMNotConfiguredError(f"DSPy's own engine does not take this call; {routes.LITELLM}")
