@@ -71,7 +71,7 @@ def _on_loop(work: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs
     event_loop.refuse_sync_call()
     call, job, loop = work(*args, **kwargs), lm_call.job(), lm_call.main_loop()
     if job is not None:
-        return job.on_lm_loop(call)
+        return job.on_loop(call, lm=True)
     # In a thread that a module started without its context.
     return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
 

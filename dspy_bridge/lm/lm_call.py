@@ -194,8 +194,7 @@ _main: asyncio.AbstractEventLoop | None = None
 
 
 def begin_on_main_loop() -> None:
-    """Called by each run on its event loop, where what LM calls share is used: the limits of their accounts, first of
-    all."""
+    """Called by each run on its event loop, where what LM calls share is used, such as the limits of their accounts."""
     global _main
     _main = asyncio.get_running_loop()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import dspy
 import pydantic
@@ -16,7 +16,6 @@ from dspy_bridge.programs.saved_state import MAX_DEMOS
 from dspy_bridge.signatures import validation
 
 Optimizer = Literal["labeled_few_shot", "bootstrap_few_shot", "random_search", "copro", "mipro_v2", "simba", "gepa"]
-OPTIMIZERS = get_args(Optimizer)
 # The LMs that an optimizer asks for itself, next to that of the program, and the keywords by which DSPy takes them.
 LM_ROLES = {"prompt_lm": "prompt_model", "teacher_lm": "teacher_settings", "reflection_lm": "reflection_lm"}
 # numpy's generators take no more.

@@ -39,15 +39,11 @@ class Job:
         self._waiting: set[Future[Any]] = set()
         self._endings: list[Callable[[], object]] = []
 
-    def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the event loop, where it can be cancelled, and wait for it. On the worker thread."""
-        return self._on(self.loop, work)
+    def on_loop(self, work: Coroutine[Any, Any, T], lm: bool = False) -> T:
+        """Run `work` on the event loop, where it can be cancelled, and wait for it. On the worker thread.
 
-    def on_lm_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """The same on the loop of this call's LM requests: with large inputs, the second one."""
-        return self._on(self._lm_loop, work)
-
-    def _on(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+        `lm`: on the loop of this call's LM requests, which with large inputs is the second one.
+        """
         import asyncio
         from concurrent.futures import CancelledError
 
@@ -55,7 +51,7 @@ class Job:
             if self._given_up:
                 work.close()
                 raise asyncio.CancelledError("nobody waits for this call any more")
-            future = asyncio.run_coroutine_threadsafe(work, loop)
+            future = asyncio.run_coroutine_threadsafe(work, self._lm_loop if lm else self.loop)
             self._waiting.add(future)
         try:
             return future.result()

@@ -50,9 +50,6 @@ class _FirstError:
         return {**handler(source), "fail_fast": True}
 
 
-_FIRST_ERROR = _FirstError()
-
-
 # Checks one turn of a history; raises `InvalidArgs` or `NotAllowed`, naming it and the field.
 Turn = Callable[[dict[str, Any], str], dict[str, Any]]
 
@@ -69,7 +66,7 @@ def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) 
     inner = tuple(argument if argument is ... else accepting(argument, files_dir, turn) for argument in arguments)
     if origin in (Union, types.UnionType):
         return Union[inner]  # noqa: UP007 - built from values
-    return origin[inner] if origin is dict else Annotated[origin[inner], _FIRST_ERROR]
+    return origin[inner] if origin is dict else Annotated[origin[inner], _FirstError()]
 
 
 def validators(fields: Mapping[str, Any], files_dir: str | None) -> dict[str, pydantic.TypeAdapter[Any]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from plain_optimizers import ROLES
 
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.optimizing import optimizers
-from dspy_bridge.optimizing.optimizers import LM_ROLES, OPTIMIZERS
+from dspy_bridge.optimizing.optimizers import LM_ROLES, Optimizer
 
 
 def given(optimizer: str, options: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def refusal(of: object, trainset_size: int = 40) -> str:
 
 def test_all_but_the_optimizer_has_a_default_and_null_is_absent() -> None:
     nothing = dict.fromkeys(("options", "valset", "num_threads", "seed", "prompt_lm", "budget"))
-    for optimizer in OPTIMIZERS:
+    for optimizer in get_args(Optimizer):
         read = optimizers.read({"optimizer": optimizer, **nothing}, 1)
         assert read == optimizers.Optimize(optimizer=optimizer)
         assert (read.num_threads, read.options, read.lms) == (8, {}, {})
@@ -90,7 +90,7 @@ def test_what_is_wrong_is_named(value: object, text: str) -> None:
     assert refusal(value).startswith(text)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_dspys_own_defaults_are_values_of_the_options(optimizer: str) -> None:
     """So the types of the options are those that DSPy means."""
     cls = optimizers._CLASSES[optimizer]
@@ -99,14 +99,14 @@ def test_dspys_own_defaults_are_values_of_the_options(optimizer: str) -> None:
     optimizers.read(given(optimizer, {name: value for name, value in defaults.items() if value is not None}), 40)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_an_option_of_another_type_is_refused_by_name(optimizer: str) -> None:
     for name in optimizers.options(optimizer):
         for wrong in ([], {}, float("nan"), 10**400):
             assert refusal(given(optimizer, {name: wrong})).startswith(f"optimize.options.{name}: Input should be ")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_what_belongs_to_the_run_or_writes_files_is_no_option(optimizer: str) -> None:
     for name in ("metric", "teacher_settings", "num_threads", "seed", "log_dir", "track_stats", "max_errors", "valset"):
         assert refusal(given(optimizer, {name: 1})).startswith(f"optimize.options: unknown key '{name}'; expected ")
@@ -129,7 +129,7 @@ def test_a_missing_package_is_named_with_how_to_install_it(
     optimizers.read(given("copro"), 40)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_what_an_optimizer_has_no_use_for_is_refused(optimizer: str) -> None:
     takes = {
         **{role: role in ROLES[optimizer] for role in LM_ROLES},
