@@ -12,7 +12,7 @@ defmodule DSPex.PythonBridge.Protocol do
   alias DSPex.PythonBridge.Protocol.Payload
 
   # For each call.
-  @compile {:inline, encode_command: 1}
+  @compile {:inline, encode_command: 1, decode_success: 3}
 
   # The bridge gives no longer ids; the limit keeps `route/1` cheap for any bytes.
   @max_id_digits 18
@@ -200,7 +200,34 @@ defmodule DSPex.PythonBridge.Protocol do
   """
   @spec decode_reply(binary()) ::
           {:ok, id(), term(), map()} | {:error, id() | nil, Error.t()} | {:error, reason()}
-  def decode_reply(payload) when is_binary(payload) do
+  def decode_reply(<<"{\"id\":", rest::binary>> = payload) do
+    case take_id(rest, 0, 0) do
+      {id, <<",\"success\":true,\"result\":", rest::binary>>} -> decode_success(payload, id, rest)
+      _another_form -> decode_object(payload)
+    end
+  end
+
+  def decode_reply(payload) when is_binary(payload), do: decode_object(payload)
+
+  # What all successes begin with is not decoded: it would be half of the work for a small one.
+  defp decode_success(payload, id, rest) do
+    size = byte_size(payload)
+
+    case Payload.decode_first(rest, size) do
+      {:ok, result, "}"} ->
+        {:ok, id, result, %{}}
+
+      {:ok, result, <<",\"meta\":", rest::binary>>} ->
+        with {:ok, %{} = meta, "}"} <- Payload.decode_first(rest, size),
+             do: {:ok, id, result, meta},
+             else: (_another_form -> decode_object(payload))
+
+      _another_form ->
+        decode_object(payload)
+    end
+  end
+
+  defp decode_object(payload) do
     with {:ok, term} <- Payload.decode(payload), do: to_reply(term)
   end
 

@@ -64,14 +64,29 @@ defmodule DSPex.PythonBridge.Protocol.Payload do
   twice its size.
   """
   @spec decode(binary()) :: {:ok, term()} | {:error, {:invalid_json, String.t()}}
-  # JSON.decode/3 has no limit of depth and returns errors as tuples, but raises for some input (an integer past the
-  # system's limit).
   def decode(payload) when is_binary(payload) do
     size = byte_size(payload)
 
-    case JSON.decode(payload, :none, decoders(size)) do
-      {term, :none, ""} -> {:ok, term}
-      {_term, :none, rest} -> not_json("not JSON: invalid byte at #{size - byte_size(rest)}")
+    case decode_first(payload, size) do
+      {:ok, term, ""} -> {:ok, term}
+      {:ok, _term, rest} -> not_json("not JSON: invalid byte at #{size - byte_size(rest)}")
+      {:error, reason} -> {:error, reason}
+    end
+  end
+
+  @doc """
+  The term that bytes of a payload begin with, and the bytes after it. `size`: of the whole payload, in bytes.
+
+      iex> DSPex.PythonBridge.Protocol.Payload.decode_first(~s([1],"meta"), 20)
+      {:ok, [1], ~s(,"meta")}
+  """
+  @spec decode_first(binary(), non_neg_integer()) ::
+          {:ok, term(), rest :: binary()} | {:error, {:invalid_json, String.t()}}
+  # JSON.decode/3 has no limit of depth and returns errors as tuples, but raises for some input (an integer past the
+  # system's limit).
+  def decode_first(bytes, size) do
+    case JSON.decode(bytes, :none, decoders(size)) do
+      {term, :none, rest} -> {:ok, term, rest}
       {:error, {:unexpected_end, _at}} -> not_json("JSON that ends too early")
       {:error, {_what, at, _bytes}} -> not_json("not JSON: invalid byte at #{at}")
     end
