@@ -155,6 +155,8 @@ defmodule DSPex.PythonBridge.Venv do
   defp complete(%{folder: folder, source: source, release?: release?} = setup, new?) do
     with :ok <- environment(setup, new?),
          {:ok, output} <- install(setup) do
+      # It is larger than what it has installed.
+      File.rm_rf!(Path.join(folder, ".uv"))
       # It is not built and installed: a build backend would be downloaded and run without a hash.
       peer = Path.join(Interpreter.site_packages(folder), "dspy_bridge")
       File.rm_rf!(peer)
@@ -280,8 +282,6 @@ defmodule DSPex.PythonBridge.Venv do
   ## A release
 
   defp finish_release(%{folder: folder} = setup, peer) do
-    File.rm_rf!(Path.join(folder, ".uv"))
-
     # Scripts start with the path of the interpreter.
     for name <- if(setup.copied, do: File.ls!(Path.join(folder, "bin")), else: []),
         not String.starts_with?(name, "python") or name =~ "config",
