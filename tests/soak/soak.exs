@@ -182,8 +182,11 @@ defmodule Soak do
   # The least busy bridge, for a function that returns, throws, or is killed.
   defp one(78, _n, :pool, tally) do
     fun = fn bridge ->
-      {:ok, _} = Bridge.call(bridge, :ping, %{}, @patience)
-      if Enum.random([true, false]), do: throw(:enough)
+      case Bridge.call(bridge, :ping, %{}, @patience) do
+        {:ok, _} -> if Enum.random([true, false]), do: throw(:enough)
+        # Its pool is being restarted.
+        {:error, :bridge_not_running} -> nil
+      end
     end
 
     expect(tally, fn ->
