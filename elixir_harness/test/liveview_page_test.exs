@@ -11,6 +11,7 @@ defmodule DSPex.LiveviewPageTest do
   import ExUnit.CaptureLog
 
   alias DSPex.PythonBridge.{Pool, Stub}
+  alias DSPex.PythonBridge.Pool.Handle
   alias DSPex.Test.{LiveViewStandIn, Page, SilentLM, StreamingLM}
 
   @page "docs/guide/liveview.md"
@@ -27,7 +28,8 @@ defmodule DSPex.LiveviewPageTest do
       [name: @pool, python_executable: python(), pool_size: 1, programs: [MyApp.Advice]] ++ opts
 
     # On a busy machine that of the last test may still be ending.
-    eventually(fn -> Process.whereis(@pool) == nil end, 20_000)
+    names = [@pool, Handle.bridges_supervisor(@pool)]
+    eventually(fn -> Enum.all?(names, &(Process.whereis(&1) == nil)) end, 20_000)
     start_supervised!({Pool, opts})
   end
 
