@@ -20,9 +20,10 @@ def main() -> int:
     if hasattr(sys, "set_int_max_str_digits"):
         # The protocol's limit takes precedence over PYTHONINTMAXSTRDIGITS.
         sys.set_int_max_str_digits(MAX_INT_DIGITS)
-    if sys.argv[1:] in (["--version"], ["--help"], ["-h"]):
-        sys.stdout.write(f"dspy_bridge {__version__}\n" if sys.argv[1] == "--version" else _help())
-        return 0
+    for argument in sys.argv[1:]:
+        if argument in ("--version", "--help", "-h"):
+            sys.stdout.write(f"dspy_bridge {__version__}\n" if argument == "--version" else _help())
+            return 0
     try:
         chosen = settings.load(os.environ, _flags(sys.argv[1:]))
     except settings.SettingError as error:

@@ -89,7 +89,7 @@ def test_a_full_disk_for_stdout_is_an_error_with_a_line() -> None:
 
 
 def test_version() -> None:
-    done = run("--version")
+    done = run("--lm", "offline/echo", "--version")
     assert (done.returncode, done.stdout) == (0, f"dspy_bridge {__version__}\n")
 
 
