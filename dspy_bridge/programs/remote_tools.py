@@ -79,7 +79,8 @@ class AgentTool(RemoteTool):
     async def acall(self, /, **arguments: Any) -> Any:
         """As `RemoteTool`'s; an error becomes the observation."""
         try:
-            return await _off_loop(_observation, await super().acall(**arguments))
+            result = await super().acall(**arguments)
+            return await _with_json(_observation, result) if isinstance(result, (list, dict)) else result
         except Exception as error:
             # A `ToolFailed` begins with the name, too.
             return f"Execution error in {self.name}: {str(error).removeprefix(f'{self.name}: ')}"
@@ -94,12 +95,9 @@ class _Large(pydantic.RootModel[str]):
         return self._value
 
 
-def _observation(result: Any) -> Any:
-    if not isinstance(result, (list, dict)):
-        return result
-    text = encode_value(result)
-    if len(text) >= large_inputs.LARGE:
-        large = _Large(text.decode())
+def _observation(result: Any, json: bytes) -> Any:
+    if len(json) >= large_inputs.LARGE:
+        large = _Large(json.decode())
         large._value = result
         return large
     if isinstance(result, list) and not all(isinstance(item, str) for item in result):
@@ -151,7 +149,7 @@ def _tool(name: str, described: str, args: dict[str, tool_args.Arg]) -> RemoteTo
             if job is not None and job.loop is not asyncio.get_running_loop():
                 # RLM starts an event loop in its worker thread; the reply comes to the peer's.
                 question = asyncio.to_thread(job.on_loop, question)
-            return await _off_loop(_without_types, await question)
+            return await _with_json(_without_types, await question)
         except ToolFailed as error:
             raise ToolFailed(field_markers.without_types(str(error))) from None
 
@@ -181,18 +179,21 @@ def is_parameter(arg: str) -> bool:
     return arg.isidentifier() and not keyword.iskeyword(arg)
 
 
-def _without_types(result: Any) -> Any:
+def _without_types(result: Any, json: bytes) -> Any:
     """The result for a prompt: strings that look like DSPy's custom types stay strings."""
-    text = encode_value(result).decode()  # millions of values take 20 ms so, and seconds one by one
+    text = json.decode()  # millions of values take 20 ms so, and seconds one by one
     if field_markers.without_types(text) == text:
         return result
     return field_markers.changed(result, field_markers.without_types)
 
 
-async def _off_loop(work: Callable[[Any], Any], result: Any) -> Any:
-    """`work` of a tool's result; in a thread if that is large."""
+async def _with_json(work: Callable[[Any, bytes], Any], result: Any) -> Any:
+    """`work` of a tool's result and its JSON; in a thread if that is large."""
     try:
-        large = isinstance(result, (list, dict)) and len(orjson.dumps(result)) >= large_inputs.LARGE
+        json = orjson.dumps(result)
     except TypeError:
-        large = True  # has an integer past 64 bits, and may be large
-    return await large_inputs.in_thread(lambda: work(result)) if large else work(result)
+        # It has an integer past 64 bits, and may be large.
+        return await large_inputs.in_thread(lambda: work(result, encode_value(result)))
+    if isinstance(result, (list, dict)) and len(json) >= large_inputs.LARGE:
+        return await large_inputs.in_thread(lambda: work(result, json))
+    return work(result, json)
