@@ -129,11 +129,10 @@ def _send(command: Any, args: Any, reply: Callable[[bytes], object]) -> None:
 
 
 def _failure(error: Exception) -> bytes:
-    failure = (
-        replies.describe(error)
-        if not isinstance(error, (Unfit, SettingError))
-        else messages.failure(getattr(error, "error_type", "internal"), replies.one_line(str(error)))
-    )
+    if isinstance(error, (Unfit, SettingError)):
+        failure = messages.failure(getattr(error, "error_type", "internal"), replies.one_line(str(error)))
+    else:
+        failure = replies.describe(error)
     return messages.encode_failure(None, failure)
 
 

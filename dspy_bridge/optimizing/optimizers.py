@@ -72,8 +72,8 @@ _SCORED_ON = {"random_search": "valset", "copro": "trainset", "simba": "trainset
 _COUNT = Annotated[int, Field(ge=0, le=1_000_000)]
 _DEMOS = Annotated[int, Field(ge=0, le=MAX_DEMOS)]
 _NUMBER = Annotated[float, Field(allow_inf_nan=False)]
-# Of each optimizer those that its class or its `compile` has as parameters. Not among them: what is a Python object,
-# writes files, or belongs to the run (metric, LMs, threads, seed, statistics).
+# An optimizer takes those that its class or its `compile` has as parameters. Parameters that are Python objects, write
+# files, or belong to the run (metric, LMs, threads, seed, statistics) are not options.
 _OPTIONS: dict[str, Any] = {
     "auto": Literal["light", "medium", "heavy"] | None,
     **dict.fromkeys(("k", "max_bootstrapped_demos", "max_demos", "max_labeled_demos"), _DEMOS),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dspy_bridge.commands.program_loader import EVERY, GcFreezer, ProgramLoader
+from dspy_bridge.commands.program_loader import EVERY, GcFreezer, ProgramLoader, _import
 from dspy_bridge.commands.program_registry import Registry
 from dspy_bridge.errors import InvalidArgs, LoadFailed, SetupFailed
 from dspy_bridge.runtime.worker_threads import WorkerThreads
@@ -101,3 +101,10 @@ def test_removed_objects_are_collected_even_if_they_were_frozen(thawed: None) ->
     freezer.changed(1, removed=True)
     freezer.freeze()
     assert Cycle.alive == 0 and gc.get_freeze_count() > 0
+
+
+def test_an_import_that_fails_leaves_collections_on(thawed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("dspy_bridge.lm.dspy_setup.LMs")
+    with pytest.raises(ImportError):
+        _import.__wrapped__()
+    assert gc.isenabled()

@@ -48,7 +48,6 @@ defmodule DSPex.PythonBridge.VenvTest do
     %{venv: venv, source: source} = context
     put_system_env("PATH", @without_uv)
     assert ["installing uv with pip" <> _, "making " <> _ | _] = made(venv, source)
-    # It has 60 MB.
     refute File.exists?(Path.join(venv, ".uv"))
     assert {version(venv, "tiny"), peer(venv)} == {"1.0", "one"}
 
