@@ -168,6 +168,24 @@ class Overloaded(BridgeError):
             self.retryable = False
 
 
+class BudgetSpent(BridgeError):
+    """The budget has no LM calls, tokens or money left; `which` of these."""
+
+    error_type = "budget_spent"
+    retryable = False
+
+    def __init__(self, text: str, which: str) -> None:
+        super().__init__(text)
+        self.which = which
+
+
+class JournalMismatch(BridgeError):
+    """A run asks its LM something else than the one whose journal it was given."""
+
+    error_type = "journal_mismatch"
+    retryable = False
+
+
 class NotAllowed(BridgeError):
     error_type = "not_allowed"
 

@@ -35,6 +35,19 @@ _IDS = (
     "expected a list of strings",
 )
 _FLAG = (lambda value: type(value) is bool, "expected true or false")
+_BUDGET = (
+    lambda value: (
+        value is None
+        or (
+            type(value) is dict
+            and value.keys() <= {"lm_calls", "tokens", "usd"}
+            and all(type(value.get(name, 1)) is int and value.get(name, 1) >= 1 for name in ("lm_calls", "tokens"))
+            and type(value.get("usd", 1)) in (int, float)
+            and value.get("usd", 1) > 0
+        )
+    ),
+    "expected an object of lm_calls and tokens, whole numbers of at least 1, and usd, a number greater than 0",
+)
 _LM = (_or_null(str, dict), 'expected text such as "openai/gpt-4o-mini", or an object with model')
 _INPUTS = (
     lambda value: type(value) in (dict, list),
@@ -63,6 +76,7 @@ EXECUTE: Table = {
     "item_timeout_ms": _MILLISECONDS,
     "expected": (_or_null(list), "expected a list of objects, one for each of the inputs"),
     "metric": (_or_null(dict), "expected an object with tool, or with field and match"),
+    "budget": _BUDGET,
     "optimize": _ANY,
     # DSPex's adapter sends it, and no bridge has ever read it.
     "options": _ANY,
@@ -73,7 +87,7 @@ CLEANUP: Table = {"program_ids": _IDS}
 _REQUIRED = ("id", "signature", "program_id", "inputs")
 # Of an execute.
 _FOR_LISTS = ("max_concurrency", "item_timeout_ms", "metric", "expected")
-_NOT_WITH_OPTIMIZE = ("config", "attempts", "max_concurrency", "item_timeout_ms")
+_NOT_WITH_OPTIMIZE = ("config", "attempts", "max_concurrency", "item_timeout_ms", "budget")
 
 
 def check(args: dict[str, Any], table: Table) -> None:
@@ -110,4 +124,5 @@ def check_execute(args: dict[str, Any]) -> None:
         if not given("metric"):
             raise InvalidArgs("optimize: only with a list of inputs and a metric")
         if wrong := given(*_NOT_WITH_OPTIMIZE):
-            raise InvalidArgs(f"{wrong[0]}: not with optimize; give config with the program")
+            instead = {"budget": "optimize has its own"}.get(wrong[0], "give config with the program")
+            raise InvalidArgs(f"{wrong[0]}: not with optimize; {instead}")

@@ -17,8 +17,8 @@ from dspy_bridge.errors import Cancelled, TimedOut, hits_all
 from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs
 
-# Runs an item, which ends at that time of the loop at the latest.
-Work = Callable[[Any, float | None], Coroutine[Any, Any, Any]]
+# Runs an item, which ends at that time of the loop at the latest, and has that index.
+Work = Callable[[Any, float | None, int], Coroutine[Any, Any, Any]]
 # What an item's result has in addition, from its index and its outputs.
 Score = Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 
@@ -122,7 +122,7 @@ class Batch:
 
     async def _one(self, index: int, ends: float | None) -> None:
         try:
-            outputs = await self._work(self._items[index], ends)
+            outputs = await self._work(self._items[index], ends, index)
             result = {"success": True, "result": outputs}
             if self._score is not None and self._results[index] is None:
                 self._release(index)

@@ -36,7 +36,7 @@ class Commands:
         send: Callable[[Iterable[bytes]], None],
         *,
         send_log: SendRecord | None = None,
-        when_room: Callable[[Callable[[], object]], bool] = lambda _callback: False,
+        when_room: Callable[..., bool] = lambda _callback, written: False,
     ) -> None:
         """`send` and `when_room`: see `Dispatcher`; `send_log` sends log records, where the settings ask for it."""
         logs.choose(settings.log_level, send_log if settings.log_frames else None)
@@ -86,6 +86,8 @@ class Commands:
         entry = self._registry.get(args["program_id"])
         if entry is None:
             raise ProgramNotFound(args["program_id"])
+        if args.get("optimize") is not None and call.request.journal is not None:
+            raise InvalidArgs("journal: not with optimize")
         work = self._execute if args.get("optimize") is None else self._optimize
         return work(entry, args, call)
 
@@ -147,13 +149,26 @@ class Commands:
         options: dict[str, Any] = {name: args.get(name) for name in ("config", "lm")}
         options.update(call=call, attempts=args.get("attempts") or 1, large=large_inputs.are_large(call.size, inputs))
 
-        async def one(item: Any, ends: float | None = None, stream: bool = False) -> dict[str, Any]:
+        if args.get("budget") is not None:
+            from dspy_bridge.lm.budgets import Budget
+
+            options["budget"] = budget = Budget(**args["budget"])
+            call.accounts["budget"] = budget.shown
+        if call.request.journal is not None:
+            from dspy_bridge.lm.journal import Journal
+
+            options["journal"] = journal = await Journal.read(call)
+            call.accounts["journal"] = journal.counts
+
+        async def one(
+            item: Any, ends: float | None = None, index: int | None = None, stream: bool = False
+        ) -> dict[str, Any]:
             if not isinstance(item, dict):
                 raise InvalidArgs("inputs: expected an object of the signature's input fields")
             entry.execution_count += 1
             entry.last_executed = time.time()
             try:
-                return await program.call(item, stream=stream, ends=ends, **options)
+                return await program.call(item, stream=stream, ends=ends, index=index, **options)
             finally:
                 large_inputs.collect()
 

@@ -50,6 +50,8 @@ class Call:
         self.meter: Any = None
         self.limited = self.slot_transferred = False
         self.on_reply: Callable[[bool], object] | None = None
+        # What the reply's meta has even if the request does not ask for meta, by name.
+        self.accounts: dict[str, Callable[[], dict[str, Any]]] = {}
         self.answered = False
 
     async def stream_item(self, item: dict[str, Any]) -> None:
@@ -57,6 +59,21 @@ class Call:
         self._send_item(item)
         while not self.answered and (room := self._channel.room()) is not None:
             await room
+
+    async def send_written(self, payload: bytes) -> None:
+        """Send a payload; returns once it is in the pipe."""
+        import asyncio
+
+        if not self.answered:
+            self._channel.push(payload)
+            await asyncio.sleep(0)  # the dispatcher writes it meanwhile
+        while not self.answered and (written := self._channel.room(written=True)) is not None:
+            await written
+
+    @property
+    def max_bytes(self) -> int:
+        """Of a frame."""
+        return self._channel.max_bytes
 
     def stream_item_threadsafe(self, item: dict[str, Any]) -> None:
         """The same without waiting, from any thread."""
@@ -93,9 +110,7 @@ class Channel:
     loop: asyncio.AbstractEventLoop
     thread = 0
 
-    def __init__(
-        self, push: Callable[[bytes], None], when_room: Callable[[Callable[[], object]], bool], max_bytes: int
-    ) -> None:
+    def __init__(self, push: Callable[[bytes], None], when_room: Callable[..., bool], max_bytes: int) -> None:
         self.push = push
         self._when_room = when_room
         self.max_bytes = max_bytes
@@ -138,15 +153,16 @@ class Channel:
         for call_id in self._pending:
             self.deliver(messages.ToolResult(call_id, None, _NO_ANSWER))
 
-    def room(self) -> asyncio.Future[None] | None:
-        """None if there is room now, else a future that is done when there is."""
+    def room(self, *, written: bool = False) -> asyncio.Future[None] | None:
+        """None if there is room now (`written`: if all is in the pipe), else a future that is done when there is."""
         room: asyncio.Future[None] = self.loop.create_future()
 
         def found() -> None:
             if not room.done():
                 room.set_result(None)
 
-        return room if self._when_room(lambda: self.loop.call_soon_threadsafe(found)) else None
+        waits = self._when_room(lambda: self.loop.call_soon_threadsafe(found), written=written)
+        return room if waits else None
 
 
 class Limiter:

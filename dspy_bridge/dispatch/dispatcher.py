@@ -42,13 +42,12 @@ class Dispatcher:
         max_in_flight: int,
         max_queue: int,
         max_frame_bytes: int,
-        when_room: Callable[[Callable[[], object]], bool],
+        when_room: Callable[..., bool],
         on_start: Callable[[], object] = lambda: None,
     ) -> None:
         """`send` writes reply payloads, from any thread.
 
-        `when_room(callback)` returns false if there is room for more output; else it calls `callback`, on any thread,
-        once there is. `on_start` is called on the event loop's thread before that runs.
+        `when_room`: see `FrameWriter`. `on_start` is called on the event loop's thread before that runs.
         """
         self._commands = commands
         self._send = send

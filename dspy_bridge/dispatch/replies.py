@@ -84,6 +84,8 @@ class ReplyEncoder:
         """The reply to `call`, as a payload. Calls `call.on_reply` with whether it is a success, before it is sent."""
         now = time.monotonic()
         meta = _meta(call, now) if call.request.meta else None
+        if call.accounts:
+            meta = {**(meta or {}), **{name: shown() for name, shown in call.accounts.items()}}
         payload = b""
         if error is None:
             try:

@@ -110,6 +110,7 @@ LITELLM_ENGINE = Name("dspy.clients.execution:AsyncLiteLLMEngine", _OUTGOING)
 CALL, ASYNC_CALL = (
     Name(f"dspy.clients.execution:{name}", f"in threads {_OUTGOING}", "lm", "call") for name in ("execute", "aexecute")
 )
+CALL_RESULT = Name("dspy.clients.execution:CallResult", "runs cannot be journaled")
 # How answers are read.
 JSON_FALLBACK = Name(
     "dspy:ChatAdapter._make_json_adapter_fallback",

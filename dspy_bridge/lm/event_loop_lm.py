@@ -9,7 +9,7 @@ from typing import Any
 
 import dspy
 
-from dspy_bridge.lm import dspy_internals, lm_call
+from dspy_bridge.lm import dspy_internals, journal, lm_call
 from dspy_bridge.runtime import event_loop
 
 _PARAMS = {
@@ -41,10 +41,13 @@ class LoopLM(dspy.LM):  # type: ignore[misc]  # DSPy ships no types
         # A copy of a program has the same LM: another one would open connections of its own.
         return self
 
-    async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        async with lm_call.run().slot() or nullcontext():
-            with lm_call.of(self.target):
-                return await super().acall(*args, **kwargs)
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        run, ticket = lm_call.run(), None
+        if run.journal is not None:
+            ticket = run.journal.ticket(run.item, self, prompt, messages, kwargs)
+        async with run.slot() or nullcontext():
+            with lm_call.of(self.target, ticket):
+                return await super().acall(prompt, messages=messages, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _on_loop(self.acall, *args, **kwargs)
@@ -76,13 +79,74 @@ def _on_loop(work: Callable[..., Coroutine[Any, Any, Any]], *args: Any, **kwargs
     return asyncio.run(call) if loop is None else asyncio.run_coroutine_threadsafe(call, loop).result()
 
 
+@dspy_internals.ASYNC_CALL.replace
+async def _aexecute(lm: Any, call: Any) -> Any:
+    """Each call of an LM: replayed or recorded, if its run has a journal."""
+    run = lm_call.run()
+    if run.journal is None:
+        return await _asked(lm, call, run)
+    recording = journal.Recording(lm, call, run)
+    if (entry := await recording.begin()) is not None:
+        return await recording.replay(entry)
+    try:
+        try:
+            result = await _asked(lm, call, run)
+        except Exception as error:
+            await recording.failed(error)
+            raise
+        await recording.answered(result)
+        return result
+    finally:
+        recording.close()
+
+
+async def _asked(lm: Any, call: Any, run: lm_call.RunContext) -> Any:
+    if run.budget is None or _is_of_dspy(lm, call):
+        return await dspy_internals.ASYNC_CALL.value(lm, call)
+    await run.begin_request()
+    try:
+        return await dspy_internals.ASYNC_CALL.value(lm, call)
+    finally:
+        run.end_request(sent=True)
+
+
+def _is_of_dspy(lm: Any, call: Any) -> bool:
+    """Whether DSPy's own engine or LiteLLM asks: `transport` counts their requests."""
+    return call.managed and isinstance(lm.engine, str) and dspy_internals.TRANSPORT.there
+
+
 @dspy_internals.CALL.replace
 def _execute(lm: Any, call: Any) -> Any:
     """Sync calls of LMs that your application made come to the event loop, too."""
     # An engine of its own may have no async counterpart, and so may a `forward`.
-    if not call.managed or not isinstance(lm.engine, str) or not dspy_internals.ASYNC_CALL.there:
+    if call.managed and isinstance(lm.engine, str) and dspy_internals.ASYNC_CALL.there:
+        return _on_loop(_aexecute, lm, call)
+    run = lm_call.run()
+    if run.journal is None:
+        return _asked_here(lm, call, run)
+    recording = journal.Recording(lm, call, run)
+    if (entry := _on_loop(recording.begin)) is not None:
+        return _on_loop(recording.replay, entry)
+    try:
+        try:
+            result = _asked_here(lm, call, run)
+        except Exception as error:
+            _on_loop(recording.failed, error)
+            raise
+        _on_loop(recording.answered, result)
+        return result
+    finally:
+        recording.close()
+
+
+def _asked_here(lm: Any, call: Any, run: lm_call.RunContext) -> Any:
+    if run.budget is None:
         return dspy_internals.CALL.value(lm, call)
-    return _on_loop(dspy_internals.ASYNC_CALL.value, lm, call)
+    _on_loop(run.begin_request)
+    try:
+        return dspy_internals.CALL.value(lm, call)
+    finally:
+        run.end_request(sent=True)
 
 
 @dspy_internals.EXECUTE.replace

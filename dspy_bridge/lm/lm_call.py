@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import dspy
 
 from dspy_bridge import tracing
 from dspy_bridge.dispatch.call import Call
+from dspy_bridge.errors import BridgeError, BudgetSpent, InvalidArgs
+from dspy_bridge.lm.budgets import Budget
 from dspy_bridge.lm.rate_limits import Lane
 from dspy_bridge.runtime import worker_threads
 from dspy_bridge.runtime.worker_threads import Job
@@ -49,13 +51,25 @@ class LMOverloaded(dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
         self.begun = begun
 
 
+class Ended(BaseException):
+    """Unwinds the code of a run that is over. Not an `Exception`, as modules and DSPy catch those and go on."""
+
+
 class RunContext:
     """What LM calls, tools and adapters of one run need to know of it, on the event loop as in threads.
 
     `deadline`: in seconds of `time.monotonic`, or None. `call`: the client's. `meter`: None if its reply has no meta.
     `attempts`: how adapters ask again; None if they do not. `refuses_cut_off`: whether answers that were cut off are
     refused. `steps`: calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone.
+    `journal`, `budget` and `stream`: None if it has none. `item`: its index among the inputs. `over`: the error that
+    has ended it, whatever its code makes of that.
     """
+
+    budget: Budget | None = None
+    item: int | None = None
+    journal: Any = None
+    over: BridgeError | None = None
+    stream: Any = None
 
     def __init__(self, deadline: float | None, call: Call | None = None) -> None:
         self.deadline = deadline
@@ -66,6 +80,8 @@ class RunContext:
         self.traceparent = tracing.current()
         self.job: Job | None = None
         self.steps = 0
+        # A token for each LM call and tool call that it waits for.
+        self.under_way: set[object] = set()
 
     # Whether DSPy's executors run each example once, however long it takes, and without a progress bar.
     examples_once = False
@@ -74,14 +90,41 @@ class RunContext:
         """What a call of an LM waits for, on its event loop, and leaves at its end; None by default."""
         return None
 
-    def request(self) -> None:
-        """Called before each request to an LM's server."""
+    def give_up(self, error: BridgeError) -> NoReturn:
+        """End the run, in its own code. The first error counts."""
+        self.over = self.over or error
+        raise Ended
 
-    def not_sent(self) -> None:
-        """Called if the request was not sent after all: it was refused, or cancelled as it waited."""
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around a call of an LM or a tool."""
+        token = object()
+        self.under_way.add(token)
+        try:
+            yield
+        finally:
+            self.under_way.discard(token)
 
-    def spend(self, tokens: int) -> None:
-        """Called with the tokens of each answer."""
+    async def begin_request(self, tokens: int = 0) -> None:
+        """Before each request to an LM's server, of some `tokens`; `end_request` follows if it returns."""
+        if self.budget is not None:
+            try:
+                await self.budget.reserve(tokens)
+            except BudgetSpent as error:
+                self.give_up(error)
+
+    def end_request(self, *, sent: bool) -> None:
+        """`sent`: false if it was refused, or cancelled as it waited."""
+        if self.budget is not None:
+            self.budget.release(sent=sent)
+
+    def spend(self, model: str, tokens: int, usd: float | None) -> None:
+        """Called with the tokens and the price of each answer."""
+        if self.budget is None:
+            return
+        if usd is None and self.budget.limits_usd:
+            self.give_up(InvalidArgs(f"budget.usd: DSPy knows no price of {model}; expected lm_calls or tokens"))
+        self.budget.spend(tokens, usd or 0.0)
 
     def overloaded(self, text: str) -> LMOverloaded:
         """The error for a request of the latest step."""
@@ -114,7 +157,8 @@ class LMCall:
     as DSPy reported them, none for an answer from the cache.
     `finish_reason` and `cost` (US dollars) are None where DSPy does not tell them, `error_type` is the class of the
     exception that it failed with. `first_chunk`: when the first piece of a streamed answer came. `entry`: its
-    place in the run's history, with the messages, if the reply has one; `outputs`: for the history alone.
+    place in the run's history, with the messages, if the reply has one; `outputs`: for the history alone. `ticket`: its
+    place in the run's journal; `replayed`: the recorded answer that it got.
     """
 
     by_litellm = False
@@ -129,6 +173,8 @@ class LMCall:
     model = ""
     outputs: Any = None
     refused: dspy.LMError | None = None
+    replayed: dict[str, Any] | None = None
+    ticket: Any = None
     _waiting_since: float | None = None
     _waited = 0.0
 
@@ -179,9 +225,10 @@ def target() -> Target | None:
 
 
 @contextmanager
-def of(target: Target | None) -> Iterator[None]:
+def of(target: Target | None, ticket: Any = None) -> Iterator[None]:
     """Around a call of an LM of ours."""
     call = LMCall(target, step())
+    call.ticket = ticket
     token = current.set(call)
     try:
         yield

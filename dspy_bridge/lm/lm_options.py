@@ -22,7 +22,7 @@ _KEY_OF = "key_of"
 # What `supports` may name.
 CAPABILITIES = ("response_schema", "function_calling", "reasoning")
 # What belongs to a server, and is inherited with its address.
-_OF_SERVER = (
+OF_SERVER = (
     *("api_key", "timeout", "connect_timeout", "headers", "extra_headers", "extra_query", "api_version"),
     *("organization", "project", "custom_llm_provider", "azure_ad_token", "extra"),
     *Limits._fields,
@@ -50,9 +50,9 @@ _OBJECTS = frozenset(
 _OTHER_LMS = frozenset(("fallbacks", "context_window_fallback_dict", "model_list", "litellm_params"))
 # Arguments of a call, which DSPy gives.
 _OWN = frozenset(("messages", "prompt", "request"))
-_NAMES = frozenset((*routes.ADDRESSES, *_OF_SERVER, *_OF_CALLS, *_OF_LMS))
+_NAMES = frozenset((*routes.ADDRESSES, *OF_SERVER, *_OF_CALLS, *_OF_LMS))
 # `metering/endings` takes the last one before a `config` comes here.
-_CONFIG_NAMES = frozenset((*routes.ADDRESSES, *_OF_SERVER, *_OF_CALLS, "allow_truncated"))
+_CONFIG_NAMES = frozenset((*routes.ADDRESSES, *OF_SERVER, *_OF_CALLS, "allow_truncated"))
 # The plausible range of numbers; anything else is a mistake. JSON also has ones that no float can hold.
 _LEAST, _MOST = 1e-6, 1e15
 
@@ -142,7 +142,7 @@ def complete(
 
 def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Complete options with what a `config` says of the connection or the cache. Raises `InvalidArgs`."""
-    own = (*routes.ADDRESSES, *_OF_SERVER, _KEY_OF)
+    own = (*routes.ADDRESSES, *OF_SERVER, _KEY_OF)
     kept = {name: value for name, value in options.items() if name not in own}
     return complete({**kept, **changes}, "config", options)
 
@@ -175,7 +175,7 @@ def read_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     of_lm = {
         name: given[name]
         for name in given
-        if name in routes.ADDRESSES or (name in _OF_SERVER and (name != "extra" or elsewhere))
+        if name in routes.ADDRESSES or (name in OF_SERVER and (name != "extra" or elsewhere))
     }
     settings = {name: value for name, value in given.items() if name not in of_lm}
     if isinstance(settings.get("cache"), dict):
@@ -203,7 +203,7 @@ def _check(given: dict[str, Any], known: frozenset[str], where: str) -> None:
 
 
 def _inherited(options: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    names = [*routes.ADDRESSES, *_OF_SERVER]
+    names = [*routes.ADDRESSES, *OF_SERVER]
     if options["model"] == default["model"]:
         # Another model of the server may do other things, and LiteLLM may ask another provider for it.
         names += ["supports", _KEY_OF]

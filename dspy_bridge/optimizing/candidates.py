@@ -59,7 +59,7 @@ class Candidates:
                 "baseline": self._baseline,
                 "candidates": self.count,
                 "stopped": stopped,
-                "lm_calls": self._run.lm_calls,
+                "lm_calls": self._run.budget.spent["lm_calls"],
                 "metric_calls": self._run.metric_calls,
             }
 
@@ -101,7 +101,7 @@ class Candidates:
                 "step": self._optimizer,
                 "done": self._done,
                 "total": self._total,
-                "lm_calls": self._run.lm_calls,
+                "lm_calls": self._run.budget.spent["lm_calls"],
                 "best": None if self._best is None else self._best[0],
             }
         self._send({"progress": progress})

@@ -9,23 +9,21 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, InvalidStateError
-from typing import Any
+from typing import Any, NoReturn
 
 import dspy
 
 from dspy_bridge.dispatch.call import Call
-from dspy_bridge.errors import OutputInvalid
+from dspy_bridge.errors import BridgeError, BudgetSpent, OutputInvalid
 from dspy_bridge.lm import lm_call
+from dspy_bridge.lm.budgets import Budget
+from dspy_bridge.lm.lm_call import Ended
 from dspy_bridge.logs import peer_log
-from dspy_bridge.optimizing.optimizers import Budget
+from dspy_bridge.optimizing import optimizers
 from dspy_bridge.runtime import worker_threads
 
 # So many calls of LMs that fail in a row end the run: DSPy would go on for hours with scores of 0.
 _MOST_FAILURES = 10
-
-
-class Ended(BaseException):
-    """Unwinds DSPy's code once a run is over. Not an `Exception`, as DSPy catches those and goes on."""
 
 
 class Run(lm_call.RunContext):
@@ -37,17 +35,15 @@ class Run(lm_call.RunContext):
 
     examples_once = True
 
-    def __init__(self, call: Call, budget: Budget) -> None:
+    def __init__(self, call: Call, budget: optimizers.Budget) -> None:
         """On the event loop."""
         super().__init__(call.ends, call)
         # Of `student`, which finds itself by the run.
         self.student: Any = None
         # In a thread: the program that it has run last.
         self.here = threading.local()
-        self.lm_calls = 0
         self.metric_calls = 0
-        self.tokens = 0
-        self._budget = budget
+        self.budget: Budget = Budget(budget.lm_calls, budget.tokens)
         self._loop = asyncio.get_running_loop()
         self.ending: Future[str | BaseException] = Future()
         self._lock = threading.Lock()
@@ -76,26 +72,14 @@ class Run(lm_call.RunContext):
         if self.ending.done():
             raise Ended
 
-    def request(self) -> None:
-        """Count a request to an LM. Raises `Ended` if the budget has none left."""
+    def give_up(self, error: BridgeError) -> NoReturn:
+        """By a spent budget the run ends as by its seconds: with the best so far."""
+        self.end(error.which if isinstance(error, BudgetSpent) else error)
+        raise Ended
+
+    async def begin_request(self, tokens: int = 0) -> None:
         self.check()
-        with self._lock:
-            spent = self._budget.lm_calls is not None and self.lm_calls >= self._budget.lm_calls
-            self.lm_calls += not spent
-        if spent:
-            self.end("lm_calls")
-            raise Ended
-
-    def not_sent(self) -> None:
-        with self._lock:
-            self.lm_calls -= 1
-
-    def spend(self, tokens: int) -> None:
-        with self._lock:
-            self.tokens += tokens
-            spent = self._budget.tokens is not None and self.tokens >= self._budget.tokens
-        if spent:
-            self.end("tokens")
+        await super().begin_request(tokens)
 
     def count_metric_call(self) -> None:
         with self._lock:

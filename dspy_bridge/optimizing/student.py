@@ -11,10 +11,9 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid, Overloaded, hits_all
-from dspy_bridge.lm import dspy_errors, dspy_internals
-from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm import dspy_errors
+from dspy_bridge.lm.lm_call import Ended
 from dspy_bridge.lm.metering import endings
-from dspy_bridge.lm.offline.offline_lm import OfflineLM
 from dspy_bridge.optimizing import run as runs
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.programs.program import Program
@@ -94,7 +93,7 @@ class Student:
             except Exception as error:
                 # DSPy would go on with a score of 0.
                 self._run.end(error)
-                raise runs.Ended from error
+                raise Ended from error
 
     def call(self, module: dspy.Module, call: Any) -> Any:
         """`call` the module, a copy of the program's."""
@@ -107,7 +106,7 @@ class Student:
                 if (ends := self._ends(error)) is None:
                     raise
                 self._run.end(ends)
-                raise runs.Ended from error
+                raise Ended from error
             finally:
                 _running.reset(outer)
             self._succeeded = True
@@ -172,9 +171,6 @@ class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._run.check()
-        # Of other LMs `transport` sees each request, so that a call that the cache answers costs nothing.
-        if not isinstance(instance, LoopLM) or isinstance(instance, OfflineLM) or not dspy_internals.TRANSPORT.there:
-            self._run.request()
         self._roles[call_id] = getattr(instance, "role", "" if _running.get() else self._own_role)
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:

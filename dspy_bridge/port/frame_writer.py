@@ -39,8 +39,9 @@ class FrameWriter:
         self._waiting_bytes = 0
         # Whether the high-water mark is reached.
         self.full = False
-        # Called when it is no longer full.
+        # Called when it is no longer full, or when nothing is queued.
         self._on_room: list[Callable[[], object]] = []
+        self._on_written: list[Callable[[], object]] = []
         self._thread: threading.Thread | None = None
 
     def send(self, payloads: Iterable[bytes]) -> None:
@@ -76,12 +77,16 @@ class FrameWriter:
                 # A signal handler cannot notify: it runs on this thread, which may hold the lock.
                 self._changed.wait(0.1)
 
-    def when_room(self, callback: Callable[[], object]) -> bool:
-        """False if there is room; else `callback` is called when there is, on a thread of this module."""
+    def when_room(self, callback: Callable[[], object], *, written: bool = False) -> bool:
+        """False if there is room; else `callback` is called when there is, on a thread of this module.
+
+        `written`: not for room, but for all that was sent to be in the pipe.
+        """
         with self._lock:
-            if self.full:
-                self._on_room.append(callback)
-            return self.full
+            waits = bool(self._waiting) if written else self.full
+            if waits:
+                (self._on_written if written else self._on_room).append(callback)
+            return waits
 
     def wait_until_written(self, timeout: float) -> None:
         """Return when nothing is queued, or after `timeout` seconds."""
@@ -128,6 +133,8 @@ class FrameWriter:
                 self._write_what_fits()
                 self._changed.notify_all()
                 found_room, self._on_room = ([], self._on_room) if self.full else (self._on_room, [])
+                if not self._waiting:
+                    found_room, self._on_written = [*found_room, *self._on_written], []
             for callback in found_room:
                 callback()
 

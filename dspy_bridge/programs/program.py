@@ -13,6 +13,8 @@ from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid
 from dspy_bridge.lm import dspy_errors, dspy_setup, lm_call, lm_options
 from dspy_bridge.lm.adapters import corrections, field_markers
+from dspy_bridge.lm.budgets import Budget
+from dspy_bridge.lm.journal import Journal
 from dspy_bridge.lm.metering import endings
 from dspy_bridge.lm.transport import routes
 from dspy_bridge.logs import redaction
@@ -125,12 +127,15 @@ class Program:
         ends: float | None = None,
         attempts: int = 1,
         large: bool = False,
+        budget: Budget | None = None,
+        index: int | None = None,
+        journal: Journal | None = None,
     ) -> dict[str, Any]:
         """Run on `inputs` and return the output fields. `large`: whether these are large.
 
         `ends`: when an item of a batch ends, in seconds of `time.monotonic`; None for the deadline of the call.
-        `attempts`: how often an LM is asked at most for each answer, if it does not fit. Raises `BridgeError`; any
-        other exception is a defect.
+        `attempts`: how often an LM is asked at most for each answer, if it does not fit. `index`: that of an item.
+        Raises `BridgeError`; any other exception is a defect.
         """
         runner = self.runner
         values = await self._read(inputs, large)
@@ -146,11 +151,19 @@ class Program:
         given = [name for name, value in of_dspy.items() if value and self.of_dspy]
         run = lm_call.RunContext(call.ends if ends is None else ends, call)
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
+        run.budget, run.item, run.journal = budget, index, journal
         try:
             with self._lms.context(own_lm, runner.adapter(self._adapter), run):
-                return await self._run(values, run, stream, attempts)
-        except Exception as error:
+                outputs = await self._run(values, run, stream, attempts)
+        except (Exception, lm_call.Ended) as error:
+            if run.over is not None:
+                raise run.over from None
+            if not isinstance(error, Exception):
+                raise
             raise dspy_errors.translate(error, given) from error
+        if run.over is not None:  # the module has swallowed it
+            raise run.over
+        return outputs
 
     def _attempts(self, most: int, call: Call, streaming: Stream | None) -> corrections.Attempts:
         """How a run asks again for answers that do not fit."""
@@ -209,6 +222,7 @@ class Program:
             if stream:
                 streaming = Stream(self.runner.module, self._contract.signature, run.call, on_loop=self.runner.on_loop)
                 stack.enter_context(dspy.context(**streaming.settings()))
+                run.stream = streaming
             if attempts > 1:
                 run.attempts = self._attempts(attempts, run.call, streaming)
             outputs = self.outputs(await self.runner.run(values, self._threads))

@@ -142,14 +142,16 @@ def _tool(name: str, described: str, args: dict[str, tool_args.Arg]) -> RemoteTo
         missing = [arg for arg in required if arg not in arguments]
         if missing:
             raise ToolFailed(f"{name}: missing {', '.join(missing)}; expected {', '.join(required)}")
-        lm_call.step()
-        question = lm_call.run().call.call_tool(name, {**defaults, **arguments})
+        run = lm_call.step()
+        question = run.call.call_tool(name, {**defaults, **arguments})
         job = worker_threads.current.get()
         try:
             if job is not None and job.loop is not asyncio.get_running_loop():
                 # RLM starts an event loop in its worker thread; the reply comes to the peer's.
                 question = asyncio.to_thread(job.on_loop, question)
-            return await _with_json(_without_types, await question)
+            with run.working():
+                result = await question
+            return await _with_json(_without_types, result)
         except ToolFailed as error:
             raise ToolFailed(field_markers.without_types(str(error))) from None
 

@@ -72,13 +72,25 @@ class Stream:
             settings[dspy_internals.STREAM_LISTENERS.attribute] = listeners
         return settings
 
-    async def send(self, piece: Any) -> None:
+    async def replay(self, result: Any) -> None:
+        """The answer that a journal has, in one piece."""
+        callers = (
+            dspy.settings[dspy_internals.CALLER_MODULES.attribute] if dspy_internals.CALLER_MODULES.there else None
+        )
+        output = result.outputs[0] if result.outputs else None
+        text = output.get("text") if isinstance(output, dict) else output
+        choice = SimpleNamespace(delta=SimpleNamespace(content=text), finish_reason="stop")
+        piece = SimpleNamespace(predict_id=id(callers[-1]) if callers else 0, choices=[choice])
+        await self.send(piece, replayed=True)
+
+    async def send(self, piece: Any, *, replayed: bool = False) -> None:
         """Called by DSPy with each piece of an LM's answer."""
         chunks = self._read(piece)
         for field, text in chunks:
             self._sent.setdefault(field, []).append(text)
+            item = {"field": field, "chunk": text, **({"replayed": True} if replayed else {})}
             # From sync code it may be called on another loop.
-            await lm_call.on_main_loop(self._call.stream_item({"field": field, "chunk": text}))
+            await lm_call.on_main_loop(self._call.stream_item(item))
         # DSPy notes for any piece that something was streamed. If nothing was sent and the answer cannot be parsed, the
         # adapter makes a second attempt, in JSON.
         for progress in dspy_internals.ADAPTER_CALLS.value.get() if dspy_internals.ADAPTER_CALLS.there else ():
@@ -102,6 +114,8 @@ class Stream:
 
     def begin_anew(self) -> None:
         """An LM is asked again: the client drops the chunks up to now."""
+        for field in self._sent:
+            self._call.stream_item_threadsafe({"field": field, "reset": True})
         self._sent.clear()
 
     async def finish(self, outputs: dict[str, Any]) -> None:
@@ -110,9 +124,12 @@ class Stream:
         for field in self._fields:
             text = outputs.get(field)
             sent = "".join(self._sent.get(field, ()))
-            # If something else was sent, it cannot be corrected.
-            if isinstance(text, str) and text.startswith(sent) and text != sent:
-                await self._call.stream_item({"field": field, "chunk": text[len(sent) :]})
+            if not isinstance(text, str) or text == sent:
+                continue
+            if not text.startswith(sent):
+                await self._call.stream_item({"field": field, "reset": True})
+                sent = ""
+            await self._call.stream_item({"field": field, "chunk": text[len(sent) :]})
 
 
 class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types

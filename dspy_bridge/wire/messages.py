@@ -49,6 +49,7 @@ class Request:
     stream: bool
     history: bool
     lm_events: bool
+    journal: list[Any] | None
 
     def __init__(self, id: Id, message: dict[str, Any]) -> None:
         """Of an envelope. Raises `MessageError`."""
@@ -69,6 +70,9 @@ class Request:
                 raise MessageError(f"{name}: expected true or false, got {_json_name(flag)}", id)
             setattr(self, name, flag)
         self.meta: bool = self.meta or self.history or self.lm_events
+        journal = self.journal = message.get("journal")
+        if journal is not None and not (type(journal) is list and self.command == "execute_program"):
+            raise MessageError("journal: expected a list of entries, with an execute_program", id)
         trace = self.traceparent = message.get("traceparent")
         if trace is not None and not (type(trace) is str and re.fullmatch(_TRACEPARENT, trace)):
             text = "expected a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone"
@@ -153,6 +157,10 @@ def _encode_meta(meta: dict[str, Any] | None) -> bytes:
 
 def encode_stream(id: Id, item: dict[str, Any]) -> bytes:
     return b'{"id":' + _encode_id(id) + b',"stream":' + encode_value(item) + b"}"
+
+
+def encode_journal(id: Id, entry: dict[str, Any]) -> bytes:
+    return b'{"id":' + _encode_id(id) + b',"journal":' + encode_value(entry) + b"}"
 
 
 def encode_tool_call(id: Id, call_id: int, name: str, args: dict[str, Any]) -> bytes:

@@ -50,7 +50,7 @@ class Bench:
         for payload in payloads:
             self.frames.put(json.loads(payload))
 
-    def _when_room(self, callback: Callable[[], object]) -> bool:
+    def _when_room(self, callback: Callable[[], object], *, written: bool) -> bool:
         if self.full:
             self.waiting_for_room.put(callback)
         return self.full
@@ -250,7 +250,7 @@ class Batches(Bench):
             return await batch.Batch(args, self._one, call).run()
         return await self._one(args["one"])
 
-    async def _one(self, item: int, _ends: float | None = None) -> int:
+    async def _one(self, item: int, _ends: float | None = None, _index: int = 0) -> int:
         self.running += 1
         self.most = max(self.most, self.running)
         self.started.put(item)

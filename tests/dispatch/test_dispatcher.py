@@ -48,7 +48,7 @@ class Bench:
         self.dispatcher = Dispatcher(
             table,
             self._send,
-            when_room=lambda callback: False,
+            when_room=lambda callback, written: False,
             **limits,
         )
 

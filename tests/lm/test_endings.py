@@ -36,7 +36,7 @@ def choices(*reasons: object) -> dict[str, Any]:
     ],
 )
 def test_reasons_have_openais_names(raw: object, reasons: list[str | None]) -> None:
-    assert endings._reasons_of(raw) == reasons
+    assert endings.reasons(raw) == reasons
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_reasons_have_openais_names(raw: object, reasons: list[str | None]) -> N
 def test_a_tool_call_that_a_provider_cut_off_is_known_by_the_providers_reason(given: dict[str, Any]) -> None:
     """For DSPy any answer with a tool call ended with it."""
     response = SimpleNamespace(finish_reason="tool_call", provider_data=given)
-    assert endings._reasons_of((response,)) == ["length"]
+    assert endings.reasons((response,)) == ["length"]
     response = SimpleNamespace(finish_reason="tool_call", provider_data=choices("tool_calls"))
-    assert endings._reasons_of((response,)) == ["tool_calls"]
-    assert endings._reasons_of(SimpleNamespace(finish_reason="tool_call", provider_data=None)) == ["tool_calls"]
+    assert endings.reasons((response,)) == ["tool_calls"]
+    assert endings.reasons(SimpleNamespace(finish_reason="tool_call", provider_data=None)) == ["tool_calls"]

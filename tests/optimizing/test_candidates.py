@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dspy_bridge.lm.budgets import Budget
 from dspy_bridge.optimizing import candidates
 from dspy_bridge.optimizing.candidates import Candidates
 
@@ -15,7 +16,7 @@ START, FIRST, SECOND = "start", "first", "second"
 
 def made(sent: list[dict[str, Any]]) -> Candidates:
     """Programs are their names here."""
-    counts: Any = SimpleNamespace(lm_calls=0, metric_calls=0)
+    counts: Any = SimpleNamespace(budget=Budget(), metric_calls=0)
     return Candidates("copro", 2, {"is": START}, lambda name: {"is": name}, counts, sent.append)
 
 
@@ -55,7 +56,7 @@ def test_done_begins_again_with_each_evaluation_and_ends_at_its_total(monkeypatc
     """Two evaluations of three and two examples: 0 to 3 of 3, then 0 to 2 of 2."""
     monkeypatch.setattr(candidates, "_PROGRESS_EVERY", 0)
     sent: list[dict[str, Any]] = []
-    run: Any = SimpleNamespace(lm_calls=0)
+    run: Any = SimpleNamespace(budget=Budget())
     seen = Candidates("copro", None, {}, lambda _: {}, run, sent.append)
     for total in (3, 2):
         seen.begin_evaluation(total)

@@ -41,19 +41,22 @@ def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | 
 def _ended(lm: Any, entry: dict[str, Any]) -> None:
     """An LM has answered, or the cache. Raises `CutOff`."""
     call, run, usage, outputs = lm_call.current.get(), lm_call.run(), entry["usage"] or {}, entry["outputs"]
-    reasons = _reasons_of(entry["response"])
-    run.spend(_count(usage))
+    replayed = None if call is None else call.replayed
+    found = reasons(entry["response"]) if replayed is None else replayed["finish_reasons"]
+    cost = entry["cost"]
+    free = getattr(lm, "costs_nothing", False) or (call is not None and (call.cached or replayed is not None))
+    cost = 0.0 if free else float(cost) if isinstance(cost, (int, float)) else None
+    run.spend(lm.model, tokens(usage), cost)
     if call is not None:
         if call.target is not None:
-            outgoing.spend(call.target, _count(usage))
+            outgoing.spend(call.target, tokens(usage))
         call.usage = usage
         # Only then: a run may have thousands of long answers.
         call.outputs = None if call.entry is None else list(outputs)
-        call.finish_reason = "length" if "length" in reasons else next(iter(reasons), None)
-        free, cost = call.cached or getattr(lm, "costs_nothing", False), entry["cost"]
-        call.cost = 0.0 if free else float(cost) if isinstance(cost, (int, float)) else None
-    if "length" in reasons and run.refuses_cut_off:
-        whole = [output for output, reason in zip(outputs, reasons, strict=False) if reason != "length"]
+        call.finish_reason = "length" if "length" in found else next(iter(found), None)
+        call.cost = cost
+    if "length" in found and run.refuses_cut_off:
+        whole = [output for output, reason in zip(outputs, found, strict=False) if reason != "length"]
         if not whole or not keeping_whole.get():
             _refuse({**lm.kwargs, **entry["kwargs"]}, getattr(entry.get("request"), "config", None))
         outputs[:] = whole
@@ -63,7 +66,8 @@ def _ended(lm: Any, entry: dict[str, Any]) -> None:
 dspy.BaseLM.update_history = _ended
 
 
-def _count(usage: dict[str, Any]) -> int:
+def tokens(usage: dict[str, Any]) -> int:
+    """All tokens of an answer."""
     total = usage.get("total_tokens")
     names = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens")
     counts = [total] if isinstance(total, int) else [usage.get(name) for name in names]
@@ -79,7 +83,7 @@ _SAME = {
 }
 
 
-def _reasons_of(given: Any) -> list[str | None]:
+def reasons(given: Any) -> list[str | None]:
     """Why the LM stopped, for each answer of one call. `given`: DSPy's answers, or a provider's as LiteLLM has it."""
     try:
         if choices := _get(given, "choices"):

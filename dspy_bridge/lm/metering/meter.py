@@ -112,6 +112,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
             "usage": call.usage,
             "duration_ms": round(((call.ended or time.monotonic()) - call.started) * 1000, 3),
             "cached": call.cached,
+            "replayed": call.replayed is not None,
             "error": error,
         }
         call.outputs = None
@@ -149,6 +150,7 @@ def event(call: LMCall, began: float, now: float) -> dict[str, Any]:
         "reasoning_tokens": _details(call.usage, _REASONING),
         "cost_usd": None if call.cost is None else round(call.cost, 12),
         "cached": call.cached,
+        "replayed": call.replayed is not None,
         "finish_reason": call.finish_reason and call.finish_reason[:_LONGEST_NAME],
         "error_type": error_type and error_type[:_LONGEST_NAME],
     }

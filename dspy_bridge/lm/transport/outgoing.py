@@ -54,16 +54,27 @@ class LMUnreachable(dspy.LMError):  # type: ignore[misc]
 
 
 @asynccontextmanager
-async def admitted() -> AsyncIterator[None]:
+async def admitted(tokens: int = 0) -> AsyncIterator[None]:
     """Around a request of the call under way: it begins once that may be sent, and ends with the answer.
 
-    Raises `LMOverloaded`.
+    `tokens`: an estimate of what it takes. Raises `LMOverloaded`.
     """
+    run, sent = lm_call.run(), False
+    await run.begin_request(tokens)
+    try:
+        async with _place():
+            sent = True
+            yield
+    finally:
+        run.end_request(sent=sent)
+
+
+@asynccontextmanager
+async def _place() -> AsyncIterator[None]:
     call = lm_call.current.get()
     if call is None or call.target is None:
         yield
         return
-    call.run.request()
     ticket, gate = None, call.target.lane.gate
     if gate.watched:
         ticket = Ticket(call.target.lane, call.run.deadline)
@@ -74,7 +85,6 @@ async def admitted() -> AsyncIterator[None]:
         except BaseException as error:
             # Cancelled on another loop it may have its place by now.
             _change(gate, gate.leave, ticket)
-            call.run.not_sent()
             if isinstance(error, Overloaded):
                 raise call.run.overloaded(str(error)) from None
             raise
@@ -207,7 +217,7 @@ async def _send(transport: Any, request: Any) -> AsyncIterator[Any]:
     if (traceparent := tracing.current()) is not None:
         # The only one: an LM with headers of its own goes through LiteLLM.
         request = dataclasses.replace(request, headers=[*request.headers, (tracing.TRACEPARENT, traceparent)])
-    async with admitted(), AsyncExitStack() as stack:
+    async with admitted(len(request.body or b"") // 4), AsyncExitStack() as stack:
 
         async def attempt(seconds: float | None) -> Any:
             timed = dataclasses.replace(request, connect_timeout=seconds)

@@ -17,7 +17,7 @@ EXAMPLES = re.findall(r"^([→←])\n\n```json\n(.*?)\n```", PAGE, re.MULTILINE 
 # Values that differ from run to run: only their type is compared.
 VARY = {
     "timestamp", "duration_ms", "queue_ms", "created_at", "last_executed", "rss", "vms", "uptime", "p50_ms", "p99_ms",
-    "pid", "dspy_bridge", "python", "dspy", "psutil", "cloudpickle",
+    "pid", "key", "dspy_bridge", "python", "dspy", "psutil", "cloudpickle",
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_every_example_is_what_the_peer_does(fresh_echo_peer: Peer) -> None:
         else:
             got = fresh_echo_peer.receive()
             assert same(got, json.loads(payload)), f"{sent}\ngave {json.dumps(got)}"
-            assert len({"success", "stream", "tool_call", "log"} & set(got)) == 1
+            assert len({"success", "stream", "tool_call", "journal", "log"} & set(got)) == 1
 
 
 def test_the_frame_made_by_hand() -> None:

@@ -148,6 +148,8 @@ def test_a_stream_says_so_and_begins_anew(ask: Any) -> None:
         if "status" in item:
             assert item["status"].startswith("asking again: the LM's answer did not fit the signature: ")
             attempts.append({})
+        elif item.get("reset"):
+            assert item == {"field": "why", "reset": True}
         else:
             attempts[-1][item["field"]] = attempts[-1].get(item["field"], "") + item["chunk"]
     assert attempts == [{"why": "Because of this"}, {"why": "Because"}]

@@ -13,7 +13,8 @@ defmodule DSPex.PythonBridge.Error do
   """
 
   @types ~w(invalid_json invalid_request invalid_args unknown_command frame_too_large program_not_found
-            lm_not_configured lm_error output_invalid tool_error timeout cancelled overloaded not_allowed internal
+            lm_not_configured lm_error output_invalid tool_error timeout cancelled overloaded budget_spent
+            journal_mismatch not_allowed internal
             python_process_died bridge_not_running)a
   # A fixed table, so that no string from outside becomes a new atom.
   @by_name Map.new(@types, &{Atom.to_string(&1), &1})

@@ -22,7 +22,7 @@ ALL = {"meta": True, "history": True, "lm_events": True}
 PRICED = "openai/gpt-4o-mini"
 # 11 tokens of prompt and 7 of answer, at 0.15 and 0.60 dollars a million.
 COST = pytest.approx(11 * 0.15e-6 + 7 * 0.6e-6)
-OF_ENTRIES = {"model", "messages", "outputs", "finish_reason", "usage", "duration_ms", "cached", "error"}
+OF_ENTRIES = {"model", "messages", "outputs", "finish_reason", "usage", "duration_ms", "cached", "replayed", "error"}
 HOST = """
 import dspy
 
