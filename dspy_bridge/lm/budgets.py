@@ -48,6 +48,8 @@ class Budget:
         with self._lock:
             for name, limit in self._limits.items():
                 if limit is not None and self.spent[name] >= limit:
+                    if self._in_flight:
+                        return False  # their answers are paid: the run is not ended before it has them
                     raise BudgetSpent(f"budget.{name}: {self.spent[name]:g} of {limit:g} are spent", name)
             for name, most in self._largest.items():
                 limit = self._limits[name]

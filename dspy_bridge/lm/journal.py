@@ -52,7 +52,7 @@ class Ticket(NamedTuple):
 def check_available() -> None:
     """Raises `NotAllowed` where DSPy has changed too much: a run without its journal would be a silent loss."""
     made, hooks = dspy_internals.CALL_RESULT.value, (dspy_internals.CALL, dspy_internals.ASYNC_CALL)
-    if not all(hook.there for hook in hooks) or not all(hasattr(made, name) for name in ("dump", "native", "legacy")):
+    if not all(hook.there for hook in hooks) or not all(hasattr(made, name) for name in ("dump", "load", "native")):
         raise NotAllowed(f"journal: this bridge cannot journal runs with DSPy {dspy.__version__}")
 
 
@@ -191,13 +191,13 @@ def _plain(value: Any) -> Any:
 def _dumped(result: Any) -> dict[str, Any]:
     """An answer as JSON: without the provider's data, of which only the finish reasons are needed, and text once."""
     record = result.dump()
-    answers = [{name: part for name, part in one.items() if name != "provider_data"} for one in record["responses"]]
-    reasons = endings.reasons(result.responses or result.raw)
+    native = [{name: part for name, part in one.items() if name != "provider_data"} for one in record["responses"]]
+    texts = [output if isinstance(output, dict) else {"text": output} for output in record["outputs"]]
     return {
         "v": _VERSION,
-        "engine": "lm15" if answers else "litellm",
-        "responses": answers or [record["raw"]],
-        "finish_reasons": reasons,
+        "engine": "lm15" if native else "litellm",
+        "responses": native or texts,
+        "finish_reasons": endings.reasons(result.responses or result.raw),
         "model": record["response_model"],
         "usage": record["usage"],
         "cost": record["cost"],
@@ -206,38 +206,36 @@ def _dumped(result: Any) -> dict[str, Any]:
 
 
 def _loaded(answer: dict[str, Any]) -> Any:
-    """DSPy's object of an answer, still without outputs. Raises what its shape makes DSPy raise."""
-    if answer["v"] != _VERSION:
-        raise ValueError(f"its version is not {_VERSION}")
-    native = answer["engine"] == "lm15"
-    responses = answer["responses"]
-    if not isinstance(answer["usage"], dict) or not isinstance(responses, list) or not responses:
-        raise TypeError("expected usage and responses")
-    if not native and not isinstance(responses[0], dict):
-        raise TypeError("expected an object as its response")
+    """DSPy's result, which has no outputs yet if they are in `responses`. Raises what its shape makes DSPy raise."""
+    native, responses, usage = answer["engine"] == "lm15", answer["responses"], answer["usage"]
+    if answer["v"] != _VERSION or not isinstance(usage, dict) or not responses or not isinstance(responses, list):
+        raise ValueError(f"expected the version {_VERSION} with responses and usage")
+    if not native and not all(isinstance(one["text"], str | None) for one in responses):
+        raise TypeError("expected a text in each of its responses")
+    if not isinstance(answer["cost"], float | int | None) or not isinstance(answer["finish_reasons"], list):
+        raise TypeError("expected a cost and finish_reasons")
     return dspy_internals.CALL_RESULT.value.load(
         {
             "responses": responses if native else [],
-            "outputs": [],
+            "outputs": [] if native else [one if len(one) > 1 else one["text"] for one in responses],
             "cost": 0.0,
-            "raw": None if native else responses[0],
             "response_model": answer["model"],
         }
     )
 
 
 def _result(lm: Any, call: Any, answer: dict[str, Any]) -> Any:
-    """The result for DSPy, whose outputs are read again from the LM's own words."""
-    loaded, kind = _loaded(answer), dspy_internals.CALL_RESULT.value
-    if loaded.responses:
-        logprobs = bool(call.legacy.get("logprobs"))
-        parts = [kind.native(one, model_type=lm.model_type, logprobs=logprobs) for one in loaded.responses]
-        outputs: list[Any] = [output for part in parts for output in part.outputs]
-        if len(parts) > 1 and any(isinstance(output, dict) for output in outputs):
-            outputs = [output if isinstance(output, dict) else {"text": output} for output in outputs]
-        loaded.outputs = outputs
-    else:
-        loaded.outputs = kind.legacy(lm, loaded.raw, kwargs=call.legacy).outputs
+    """The result for DSPy, whose outputs are read from the LM's own words."""
+    loaded = _loaded(answer)
+    if not loaded.responses:
+        loaded.raw = loaded.provider_response()
+        return loaded
+    options = {"model_type": lm.model_type, "logprobs": bool(call.legacy.get("logprobs"))}
+    parts = [dspy_internals.CALL_RESULT.value.native(one, **options) for one in loaded.responses]
+    outputs = [output for part in parts for output in part.outputs]
+    if len(parts) > 1 and any(isinstance(output, dict) for output in outputs):
+        outputs = [output if isinstance(output, dict) else {"text": output} for output in outputs]
+    loaded.outputs = outputs
     return loaded
 
 

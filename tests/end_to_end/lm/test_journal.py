@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lm_env
-from lm_server import LMServer, chat
+from conftest import BY_LITELLM, lm_env
+from lm_server import Ended, LMServer, chat
 from peer import PATIENCE, Peer
 from shared_peers import shared_peer
 from tool_host import answer
@@ -20,7 +20,8 @@ SCORED = {"n": 3, "threshold": 2.0, "reward": {"field": "answer", "equals": "nev
 QA = "question -> answer"
 ONE = {"inputs": {"question": "Why?"}}
 MODULES = """
-import asyncio, threading
+import asyncio, itertools
+from types import SimpleNamespace
 import dspy
 
 class Both(dspy.Module):
@@ -47,6 +48,27 @@ class Sync(dspy.Module):
         found = dspy.Parallel(num_threads=2, disable_progress_bar=True)([(self.ask, {"question": n}) for n in "ab"])
         return self.ask(question=" ".join(one.answer for one in found))
 
+class Own(dspy.LM):
+    # Asks no server: DSPy calls its `forward` in the thread of the module.
+    answers = itertools.count(1)
+
+    def forward(self, prompt=None, messages=None, **kwargs):
+        number = next(self.answers)
+        text = f"[[ ## answer ## ]]\\n{number}\\n\\n[[ ## completed ## ]]"
+        message = SimpleNamespace(role="assistant", content=text)
+        choice = SimpleNamespace(message=message, finish_reason="stop", index=0)
+        return SimpleNamespace(model="own", choices=[choice], usage={"prompt_tokens": 3, "completion_tokens": 4})
+
+class Host(dspy.Module):
+    def __init__(self, signature):
+        super().__init__()
+        self.ask = dspy.Predict(signature)
+        self.ask.lm = Own("openai/own")
+
+    def forward(self, question):
+        first = self.ask(question=question)
+        return self.ask(question=first.answer)
+
 class Swallows(dspy.Module):
     def __init__(self, signature):
         super().__init__()
@@ -72,6 +94,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "attempts": ({"signature": "question -> answer: int"}, {**ONE, "attempts": 3}),
     "parallel": ({"program_type": "journaled:Both"}, ONE),
     "threads": ({"program_type": "journaled:Sync"}, ONE),
+    "host": ({"program_type": "journaled:Host"}, ONE),
+    "cached": ({"lm": {"model": "openai/cached", "cache": True}}, {"inputs": [{"question": "a"}, {"question": "a"}]}),
 }
 
 
@@ -131,6 +155,11 @@ def of(frames: list[Any], kind: str) -> list[Any]:
     return [frame[kind] for frame in frames if kind in frame]
 
 
+def calls(frames: list[Any]) -> list[tuple[str, Any]]:
+    """The tool calls, whose numbers differ."""
+    return [(call["name"], call["args"]) for call in of(frames, "tool_call")]
+
+
 def fields(frames: list[Any]) -> dict[str, str]:
     """The streamed fields, joined; a reset begins a field anew."""
     found: dict[str, str] = {}
@@ -151,7 +180,8 @@ def test_every_prefix_of_a_journal_is_replayed(start_lm: Any, modules: dict[str,
         reply, frames = run(peer, args, [], stream=stream)
         assert reply["success"], reply
         entries = of(frames, "journal")
-        asked = len(server.requests)
+        # What the application's own LM and the cache answer is no request to the server.
+        asked = len(entries) if kind in ("host", "cached") else len(server.requests)
         assert reply["meta"] == {"journal": {"replayed": 0, "live": len(entries), "unused": 0}}
         assert [entry["n"] for entry in entries] == list(range(1, len(entries) + 1)) and len(entries) == asked
         # Nothing follows from an answer whose entry was not sent before.
@@ -162,10 +192,173 @@ def test_every_prefix_of_a_journal_is_replayed(start_lm: Any, modules: dict[str,
             new = of(rest, "journal")
             left_out = 1 if known < len(entries) and known and "error" in entries[known - 1] else 0
             assert again["success"], again
-            assert len(server.requests) - before == asked - known + left_out == len(new)
+            assert asked - known + left_out == len(new)
+            assert kind in ("host", "cached") or len(server.requests) - before == len(new)
             assert again["meta"]["journal"] == {"replayed": known - left_out, "live": len(new), "unused": 0}
             if known == len(entries):
                 assert again["result"] == reply["result"]
                 assert fields(rest) == fields(frames)
-                assert sorted(map(str, of(rest, "tool_call"))) == sorted(map(str, of(rest, "tool_call")))
-                assert all(item.get("replayed") for item in of(rest, "stream") if "chunk" in item) or kind != "predict"
+                assert [call["args"] for call in of(rest, "tool_call")] == [
+                    call["args"] for call in of(frames, "tool_call")
+                ]
+                assert kind != "predict" or all(item["replayed"] for item in of(rest, "stream"))
+
+
+def ask(peer: Peer, journal: list[Any] | None = None, **args: Any) -> dict[str, Any]:
+    return run(peer, {**ONE, **args}, [] if journal is None else journal)[0]
+
+
+def test_another_run_is_refused_before_its_lm_is_asked(start_lm: Any, modules: dict[str, str]) -> None:
+    """Whatever its module makes of the error: other inputs, another program, another temperature."""
+    server: LMServer = start_lm(AnyFormat())
+    with shared_peer(env={**lm_env(server), **modules}) as peer:
+        peer.call("create_program", {"id": "x", "signature": QA})
+        entries = of(run(peer, ONE, [])[1], "journal")
+        for args in ({"inputs": {"question": "Who?"}}, {"config": {"temperature": 0.3}}):
+            reply = ask(peer, entries, **args)
+            assert (reply["error_type"], reply["retryable"]) == ("journal_mismatch", False)
+            assert reply["error"].startswith("journal: 1 of its 1 entries fits no call of this run")
+            assert reply["meta"] == {"journal": {"replayed": 0, "live": 0, "unused": 1}}
+        assert ask(peer, entries, lm={"model": "openai/stub-model", **server.options(api_key="sk-another")})["success"]
+        peer.call("create_program", {"id": "x", "signature": "question -> other", "program_type": "journaled:Swallows"})
+        assert ask(peer, entries)["error_type"] == "journal_mismatch"
+        assert len(server.requests) == 1
+
+
+ANSWER = {"v": 1, "engine": "litellm", "responses": [{"text": "a"}], "finish_reasons": [], "model": "m", "usage": {}}
+ENTRY = {"n": 1, "key": "k", "nth": 0}
+
+
+@pytest.mark.parametrize(
+    ("entry", "place"),
+    [
+        (3, "journal[1]: expected an object"),
+        ({**ENTRY, "n": "1", "error": {"type": "E"}}, "journal[1].n: expected a whole number"),
+        ({**ENTRY, "item": -1, "error": {"type": "E"}}, "journal[1].item: expected a whole number"),
+        ({**ENTRY, "key": 5, "error": {"type": "E"}}, "journal[1].key: expected text"),
+        (ENTRY, "journal[1]: expected an answer or an error"),
+        ({**ENTRY, "answer": ANSWER}, "journal[1]: not as it was sent: KeyError: 'cost'"),
+        (
+            {**ENTRY, "answer": {**ANSWER, "engine": "lm15", "cost": 0}},
+            "journal[1]: not as it was sent: KeyError: 'model'",
+        ),
+        ({**ENTRY, "answer": {**ANSWER, "cost": 0, "responses": [3]}}, "journal[1]: not as it was sent: TypeError"),
+        ({**ENTRY, "answer": [[]] * 50_000}, "journal[1]: not as it was sent: TypeError"),
+        ({**ENTRY, "error": "E"}, "journal[1]: not as it was sent: TypeError"),
+    ],
+)
+def test_an_entry_that_is_wrong_is_named(echo_peer: Peer, entry: Any, place: str) -> None:
+    echo_peer.call("create_program", {"id": "x", "signature": QA})
+    reply = ask(echo_peer, [{**ENTRY, "error": {"type": "LMError"}}, entry])
+    assert reply["error_type"] == "invalid_args" and reply["error"].startswith(place), reply
+
+
+def test_a_journal_belongs_to_a_run(echo_peer: Peer) -> None:
+    for command, journal in (("execute_program", {}), ("ping", []), ("create_program", [])):
+        assert echo_peer.call(command, journal=journal)["error_type"] == "invalid_request"
+    echo_peer.call("create_program", {"id": "x", "signature": QA})
+    optimize = {"optimizer": "labeled_few_shot"}
+    args = {"program_id": "x", "inputs": [], "metric": {"field": "answer", "match": "exact"}, "optimize": optimize}
+    assert echo_peer.call("execute_program", args, journal=[])["error"] == "journal: not with optimize"
+    reply = ask(echo_peer, [{**ENTRY, "nth": nth, "error": {"type": "E"}} for nth in range(100_001)])
+    assert reply["error"] == "journal: 100001 entries; expected at most 100000"
+
+
+def test_a_client_that_does_not_read_pays_for_one_answer(start_lm: Any) -> None:
+    """The next step waits until the entry of the last one is in the pipe."""
+    server: LMServer = start_lm(AnyFormat())
+    with Peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {"id": "x", "signature": QA, "program_type": "react", "tools": [TOOL]})
+        peer.call("create_program", {"id": "big", "signature": QA, "lm": {"model": "offline/echo"}})
+        big = {"program_id": "big", "inputs": {"question": "x" * 500_000}}
+        for _ in range(4):  # more than the pipe takes
+            peer.request("execute_program", big)
+        peer.request("execute_program", {"program_id": "x", **ONE}, journal=[])
+        assert server.arrived.acquire(timeout=PATIENCE)
+        assert not server.arrived.acquire(timeout=0.5) and len(server.requests) == 1
+        while not any("journal" in (frame := peer.receive()) for _ in range(1)):
+            assert frame["success"]
+        answer(peer, peer.receive()["tool_call"], {"look": lambda query: query})
+        assert server.arrived.acquire(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("adapter", ["chat", "json"])
+def test_several_answers_are_one_entry(start_lm: Any, adapter: str) -> None:
+    server: LMServer = start_lm(AnyFormat())
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {"id": "x", "signature": QA, "adapter": adapter, "config": {"n": 3}})
+        reply, frames = run(peer, ONE, [])
+        (entry,) = of(frames, "journal")
+        assert len(entry["answer"]["responses"]) == len(server.requests) == 3
+        assert ask(peer, [entry])["result"] == reply["result"] and len(server.requests) == 3
+
+
+def test_litellms_answers_are_replayed(start_lm: Any) -> None:
+    server: LMServer = start_lm(AnyFormat())
+    with shared_peer(env=lm_env(server, **BY_LITELLM)) as peer:
+        peer.call("create_program", {"id": "x", "signature": QA, "program_type": "react", "tools": [TOOL]})
+        for stream in (False, True):
+            before = len(server.requests)
+            reply, frames = run(peer, ONE, [], stream=stream)
+            entries, asked = of(frames, "journal"), len(server.requests)
+            assert asked - before == len(entries) and entries[0]["answer"]["engine"] == "litellm"
+            again, rest = run(peer, ONE, entries, stream=stream)
+            assert again["result"] == reply["result"] and fields(rest) == fields(frames)
+            assert len(server.requests) == asked
+
+
+def test_an_answer_that_was_cut_off_is_refused_again(start_lm: Any) -> None:
+    server: LMServer = start_lm(lambda _request: Ended(chat(answer="Par")))
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {"id": "x", "signature": QA})
+        reply, frames = run(peer, ONE, [])
+        assert reply["error_type"] == "output_invalid"
+        again = ask(peer, of(frames, "journal"))
+        assert (again["error"], len(server.requests)) == (reply["error"], 1)
+        assert ask(peer, of(frames, "journal"), config={"allow_truncated": True})["result"] == {"answer": "Par"}
+
+
+def test_events_and_history_tell_replayed_calls_without_their_tokens(start_lm: Any) -> None:
+    server: LMServer = start_lm(AnyFormat())
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {"id": "x", "signature": QA})
+        entries = of(run(peer, ONE, [])[1], "journal")
+        meta = run(peer, ONE, entries, lm_events=True, history=True)[0]["meta"]
+        (event,), (call,) = meta["lm_events"], meta["history"]
+        assert event["replayed"] and call["replayed"] and call["outputs"]
+        assert (event["input_tokens"], event["cost_usd"], meta["lm_usage"], meta["cost_usd"]) == (0, 0.0, {}, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["react", "batch", "threads", "host", "parallel"])
+def test_a_budget_of_calls_is_exact(start_lm: Any, modules: dict[str, str], kind: str) -> None:
+    """Also for a run that is resumed: what is replayed counts."""
+    definition, args = KINDS[kind]
+    server: LMServer = start_lm(AnyFormat())
+    with shared_peer(env={**lm_env(server), **modules}) as peer:
+        peer.call("create_program", {"id": "x", "signature": QA, **definition})
+        reply, frames = run(peer, {**args, "budget": {"lm_calls": 1}}, [])
+        spent = reply["result"]["results"][-1] if kind == "batch" else reply
+        assert (spent["error_type"], spent["error"]) == ("budget_spent", "budget.lm_calls: 1 of 1 are spent")
+        assert reply["meta"]["budget"]["lm_calls"] == 1
+        assert kind == "host" or len(server.requests) == 1
+        again, rest = run(peer, {**args, "budget": {"lm_calls": 2}}, of(frames, "journal"))
+        assert (again["meta"]["budget"]["lm_calls"], len(of(rest, "journal"))) == (2, 1)
+
+
+def test_tokens_are_passed_by_no_more_than_the_calls_in_flight(start_lm: Any) -> None:
+    server: LMServer = start_lm(AnyFormat())
+    with shared_peer(env=lm_env(server)) as peer:
+        peer.call("create_program", {"id": "x", "signature": QA})
+        many = {"inputs": [{"question": str(number)} for number in range(20)], "budget": {"tokens": 100}}
+        reply = run(peer, many, [])[0]
+        # Each takes 18, so the sixth passes it, and no other is in flight then.
+        assert reply["meta"]["budget"] == {"lm_calls": 6, "tokens": 108, "usd": 0.0}
+        assert [one["success"] for one in reply["result"]["results"]].count(True) == 6
+        unpriced = "budget.usd: DSPy knows no price of openai/stub-model"
+        for budget, text in (({"usd": 1}, unpriced), ({"eur": 1}, "budget: "), ({"tokens": True}, "budget: ")):
+            reply = ask(peer, budget=budget)
+            assert reply["error_type"] == "invalid_args" and reply["error"].startswith(text), reply
+        two = {"inputs": [{"question": "a"}, {"question": "b"}], "lm": {"model": "openai/gpt-4o-mini"}}
+        reply = run(peer, {**two, "budget": {"usd": 1e-6}}, [])[0]
+        assert reply["result"]["results"][1]["error"].startswith("budget.usd: ")
+        assert reply["meta"]["budget"]["usd"] > 1e-6
