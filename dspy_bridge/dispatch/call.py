@@ -61,12 +61,12 @@ class Call:
             await room
 
     async def send_written(self, payload: bytes) -> None:
-        """Send a payload; returns once it is in the pipe."""
-        import asyncio
+        """Send a payload; if the pipe is full, returns once it is in it.
 
+        If not, it is written with what follows in this step of the loop: a write of its own takes 5 % of an LM call.
+        """
         if not self.answered:
             self._channel.push(payload)
-            await asyncio.sleep(0)  # the dispatcher writes it meanwhile
         while not self.answered and (written := self._channel.room(written=True)) is not None:
             await written
 
