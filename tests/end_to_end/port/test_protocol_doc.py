@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from peer import ROOT, Peer
@@ -83,3 +85,12 @@ def test_every_error_type_is_in_the_table() -> None:
 
     types = {kind.error_type for kind in vars(errors).values() if isinstance(kind, type)}
     assert all(f"| `{kind}` |" in PAGE for kind in types | {"invalid_json", "invalid_request"})
+
+
+def test_the_client_with_a_journal_goes_on_where_it_was(tmp_path: Path) -> None:
+    (client,) = re.findall(r"^```python\n(import json, os.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    env = {**os.environ, "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", client, str(tmp_path / "journal")]
+    replies = [json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout) for _ in range(2)]
+    assert [reply["meta"]["journal"]["replayed"] for reply in replies] == [0, 1]
+    assert replies[0]["result"] == replies[1]["result"]
