@@ -150,8 +150,10 @@ class Commands:
         options.update(call=call, attempts=args.get("attempts") or 1, large=large_inputs.are_large(call.size, inputs))
 
         if args.get("budget") is not None:
+            from dspy_bridge.lm import journal as journals
             from dspy_bridge.lm.budgets import Budget
 
+            journals.check_hooks("budget")
             options["budget"] = budget = Budget(**args["budget"])
             call.accounts["budget"] = budget.shown
         if call.request.journal is not None:

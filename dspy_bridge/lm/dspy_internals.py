@@ -149,7 +149,6 @@ MODEL_INFO = [
 ]
 OFFLINE_ENGINE = Name("dspy.clients.backend_selection:LM15Engine", _SLOWER, "config", "model_type")
 SELECT_BACKEND = Name("dspy.clients.backend_selection:select_backend", "LiteLLM is imported by its first call", "lm")
-PROXIES = Name("dspy._vendor.lm15.transports._proxy:getproxies", _SLOWER)
 
 # What DSPy does around an LM call, in steps of some 10 µs, each in a thread: see `runtime/event_loop`.
 _EXECUTION = "dspy.clients.execution"

@@ -49,11 +49,11 @@ class Ticket(NamedTuple):
     nth: int
 
 
-def check_available() -> None:
-    """Raises `NotAllowed` where DSPy has changed too much: a run without its journal would be a silent loss."""
+def check_hooks(argument: str) -> None:
+    """Raises `NotAllowed` where DSPy has changed too much: without its journal or budget a run would only seem to work."""
     made, hooks = dspy_internals.CALL_RESULT.value, (dspy_internals.CALL, dspy_internals.ASYNC_CALL)
     if not all(hook.there for hook in hooks) or not all(hasattr(made, name) for name in ("dump", "load", "native")):
-        raise NotAllowed(f"journal: this bridge cannot journal runs with DSPy {dspy.__version__}")
+        raise NotAllowed(f"{argument}: this bridge cannot see all calls of LMs in DSPy {dspy.__version__}")
 
 
 class Journal:
@@ -62,7 +62,7 @@ class Journal:
     @classmethod
     async def read(cls, call: Call) -> Journal:
         """That of a request. Raises `InvalidArgs`, naming the entry that is wrong, and `NotAllowed`."""
-        check_available()
+        check_hooks("journal")
         given = call.request.journal or []
         return cls(call, await large_inputs.in_thread(lambda: _read(given)) if given else {})
 

@@ -78,20 +78,3 @@ def test_routes_are_those_of_dspy() -> None:
         assert routes.route(model, model_type) == dspys
     with pytest.raises(UnknownModelError):
         routes.route("nobody/model", "chat")
-
-
-def test_a_change_of_the_proxies_is_seen_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(routes.time, "monotonic", lambda: now)
-    monkeypatch.setattr(dspy_internals.PROXIES, "value", lambda: getproxies())
-    asked: list[float] = []
-
-    def getproxies() -> dict[str, str]:
-        asked.append(now)
-        return {"http": f"http://proxy:{len(asked)}"}
-
-    proxies = routes._proxies
-    assert [proxies()["http"] for _ in range(1000)] == ["http://proxy:1"] * 1000
-    now += 1.0
-    assert proxies()["http"] == "http://proxy:2"
-    assert len(asked) == 2

@@ -12,7 +12,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -67,7 +66,7 @@ def route(model: str, model_type: str) -> Any:
 
 
 # What DSPy looks up for each LM call is kept. For a model that is not in its list it reads the whole list, three times:
-# 560 of the 1,390 µs of a run. Providers take some 60 of the rest, proxies 33.
+# 560 of the 1,390 µs of a run. Providers take some 60 of the rest.
 
 
 @dspy_internals.RESOLVE.replace
@@ -96,16 +95,6 @@ def _kept(look_up: dspy_internals.Name) -> Callable[..., Any]:
 
 for _name in dspy_internals.MODEL_INFO:
     _name.replace(_kept(_name))
-
-
-@dspy_internals.PROXIES.replace
-def _proxies() -> Any:
-    return _proxies_at(int(time.monotonic()))
-
-
-@functools.lru_cache(1)
-def _proxies_at(_second: int) -> Any:
-    return dspy_internals.PROXIES.value()
 
 
 @functools.lru_cache(256)

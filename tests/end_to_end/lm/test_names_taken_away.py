@@ -93,6 +93,9 @@ def test_without_any_name_an_lm_is_asked(start: Callable[..., Peer], start_lm: A
     traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
     result, _ = run(peer, "qa", stream=True, traceparent=traceparent)
     assert result == {"answer": "Paris"} and len(server.requests) == 1
+    for args, journal in (({}, []), ({"budget": {"lm_calls": 9}}, None)):
+        reply = peer.call("execute_program", {"program_id": "qa", **ASK, **args}, journal=journal)
+        assert reply["error_type"] == "not_allowed" and "this bridge cannot see all calls of LMs" in reply["error"]
 
 
 @pytest.mark.slow
