@@ -50,7 +50,7 @@ class Ticket(NamedTuple):
 
 
 def check_hooks(argument: str) -> None:
-    """Raises `NotAllowed` where DSPy has changed too much: without its journal or budget a run would only seem to work."""
+    """Raises `NotAllowed` where DSPy has changed too much: a run without its journal or budget would seem to work."""
     made, hooks = dspy_internals.CALL_RESULT.value, (dspy_internals.CALL, dspy_internals.ASYNC_CALL)
     if not all(hook.there for hook in hooks) or not all(hasattr(made, name) for name in ("dump", "load", "native")):
         raise NotAllowed(f"{argument}: this bridge cannot see all calls of LMs in DSPy {dspy.__version__}")
