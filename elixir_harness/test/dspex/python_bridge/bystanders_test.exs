@@ -15,14 +15,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
   @within_ms 1_000
 
   # Unrelated calls are of a program `qa`.
-  defp start_up(opts), do: up({Bridge, opts}, & &1)
-
-  defp up(child, bridge_of) do
-    bridge = bridge_of.(start_supervised!(child))
-    eventually(fn -> Bridge.get_status(bridge).state == :running end, 30_000)
-    bridge
-  end
-
   defp create(bridge, id, type) do
     args = %{id: id, signature: "question -> answer", program_type: type}
     {:ok, %{"status" => "created"}} = Bridge.call(bridge, :create_program, args, 30_000)
@@ -34,7 +26,6 @@ defmodule DSPex.PythonBridge.BystandersTest do
   end
 
   defp os_pid(bridge), do: Bridge.get_status(bridge).os_pid
-  defp signal(name, os_pid), do: {_, 0} = System.cmd("/bin/sh", ["-c", "kill -#{name} #{os_pid}"])
 
   # Calls that the peer has.
   defp in_flight(bridge, dir, count, seconds) do
@@ -75,7 +66,7 @@ defmodule DSPex.PythonBridge.BystandersTest do
 
   describe "Python is killed" do
     defp killed(dir, deaths, count, opts) do
-      bridge = start_up(host_opts(dir, opts))
+      bridge = start_and_wait(host_opts(dir, opts))
       create(bridge, "slow", "host:Slow")
       create(bridge, "qa", "predict")
       slow = in_flight(bridge, dir, count, 2)
@@ -106,7 +97,7 @@ defmodule DSPex.PythonBridge.BystandersTest do
 
   describe "a call kills Python" do
     defp deadly(dir, count, seconds, times, opts) do
-      bridge = start_up(host_opts(dir, opts))
+      bridge = start_and_wait(host_opts(dir, opts))
       create(bridge, "slow", "host:Slow")
       create(bridge, "deadly", "host:Deadly")
       create(bridge, "qa", "predict")
@@ -141,7 +132,7 @@ defmodule DSPex.PythonBridge.BystandersTest do
   describe "Python does not die, but" do
     # Of each fake that answers `echo`, unless it has been told otherwise.
     defp monitored(opts) do
-      bridge = start_up(opts)
+      bridge = start_and_wait(opts)
       monitor = [name: nil, bridge: bridge, interval: 100, timeout: 200, max_failures: 2]
       start_supervised!({Monitor, monitor})
       bridge
@@ -159,7 +150,7 @@ defmodule DSPex.PythonBridge.BystandersTest do
 
   describe "callers" do
     test "256 exit, or are out of time", %{tmp_dir: dir} do
-      bridge = start_up(host_opts(dir, []))
+      bridge = start_and_wait(host_opts(dir, []))
       create(bridge, "slow", "host:Slow")
       create(bridge, "qa", "predict")
       slow = in_flight(bridge, dir, 128, 60)

@@ -13,12 +13,6 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
 
   defp start(opts), do: start_supervised!({Bridge, opts})
 
-  defp start_up(opts) do
-    bridge = start(opts)
-    eventually(fn -> Bridge.get_status(bridge).state == :running end, 20_000)
-    bridge
-  end
-
   defp create(bridge, id, type \\ "predict") do
     args = %{id: id, signature: "question -> answer", program_type: type}
     {:ok, %{"status" => "created"}} = Bridge.call(bridge, :create_program, args, 30_000)
@@ -34,7 +28,9 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
   describe "calls in flight" do
     test "are sent to the successor, with what is left of their time; what they made is there later",
          %{tmp_dir: dir} do
-      bridge = start_up(fake_opts("answers_the_second_time", env: %{"FAKE_FILE" => dir <> "/f"}))
+      bridge =
+        start_and_wait(fake_opts("answers_the_second_time", env: %{"FAKE_FILE" => dir <> "/f"}))
+
       create = %{id: "x", signature: "q -> a"}
 
       assert {:ok, %{"timeout_ms" => left, "first_ms" => first}} =
@@ -96,9 +92,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
   end
 
   describe "restart/1" do
-    test "the old peer finishes what it has; programs made meanwhile are not lost", %{
-      tmp_dir: dir
-    } do
+    test "programs made while the old peer finishes are not lost", %{tmp_dir: dir} do
       bridge = start(host_opts(dir))
       create(bridge, "nap", "host:Nap")
       %{os_pid: old} = Bridge.get_status(bridge)
@@ -116,7 +110,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
 
     test "calls that the old peer does not finish in its time are sent to the new one" do
       opts = SilentLM.lm_opts(SilentLM.start()) ++ [env: %{"DSPY_BRIDGE_DRAIN_MS" => "100"}]
-      bridge = start_up(real_opts(opts))
+      bridge = start_and_wait(real_opts(opts))
       create(bridge, "qa")
       caller = spawn(fn -> execute(bridge, "qa") end)
 
@@ -135,7 +129,7 @@ defmodule DSPex.PythonBridge.Bridge.RecoveryTest do
     test "leaves the old peer serving if the new one does not start", %{tmp_dir: dir} do
       file = Path.join(dir, "there")
       File.write!(file, "")
-      bridge = start_up(fake_opts("needs_a_file", env: %{"FAKE_FILE" => file}))
+      bridge = start_and_wait(fake_opts("needs_a_file", env: %{"FAKE_FILE" => file}))
       %{os_pid: old} = Bridge.get_status(bridge)
       File.rm!(file)
       assert {:error, text} = Bridge.restart(bridge)

@@ -21,12 +21,11 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
   defp start(opts) do
     start_supervised!({Pool, real_opts([name: @pool, default_timeout: 60_000] ++ opts)})
     for program <- [@qa, @agent], do: {:ok, _} = Pool.call(@pool, :create_program, program)
-    all_up()
+    all_up(@pool)
   end
 
   defp peers, do: Pool.status(@pool).peers
   defp running, do: for(%{state: :running, os_pid: os_pid} <- peers(), do: os_pid)
-  defp all_up, do: eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 30_000)
 
   defp idle do
     eventually(fn -> Enum.uniq(PoolProbe.busy(@pool)) == [0] end)
@@ -118,7 +117,7 @@ defmodule DSPex.PythonBridge.Pool.RecoveryTest do
     results = callers |> Task.await_many(120_000) |> List.flatten()
     assert Enum.count(results, &(&1 == :ok)) > 60
     if System.get_env("POOL_TIMES"), do: IO.inspect(Enum.frequencies(results))
-    all_up()
+    all_up(@pool)
     idle()
   end
 end
