@@ -317,6 +317,21 @@ def test_cancelling_a_batch_cancels_all_its_items() -> None:
     assert bench.dispatcher.counts()["in_flight"] == 0 and bench.dispatcher.counts()["queued"] == 0
 
 
+def test_the_slot_is_free_after_a_thousand_batches_were_cancelled() -> None:
+    """All have begun and wait for the only slot for their next item, which some get after they were cancelled."""
+    bench = Batches(max_in_flight=1, max_queue=1000)
+    for id in range(1000):
+        bench.request(id, {"inputs": [QUICK] * 50})
+    for _ in range(1001):
+        bench.started.get(timeout=20)
+    for id in range(1000):
+        bench.feed({"cancel": id})
+    assert "cancelled" in {bench.next().get("error_type") for _ in range(1000)}
+    bench.request(1000, {"one": QUICK}, timeout_ms=20_000)
+    assert bench.next()["success"]
+    assert bench.dispatcher.counts()["in_flight"] == 0 and bench.dispatcher.counts()["queued"] == 0
+
+
 def test_a_streamed_batch_sends_each_result_as_it_comes() -> None:
     bench = Batches()
     bench.request(1, {"inputs": [0, 1, 2]}, stream=True)

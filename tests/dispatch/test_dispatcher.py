@@ -263,13 +263,3 @@ def test_a_loop_that_starts_is_not_idle() -> None:
     assert not idle.is_set()
     ready.set()
     assert idle.wait(20)
-
-
-def test_counts_per_command() -> None:
-    bench = Bench()
-    bench.feed({"id": 1, "command": "quick"}, {"id": 2, "command": "bad"}, {"id": 3, "command": "nope"}, work(4))
-    bench.next()
-    load = bench.dispatcher.counts()
-    assert {name: (stats["count"], stats["errors"]) for name, stats in load["commands"].items()} == {
-        "quick": (1, 0), "bad": (1, 1), "work": (1, 0),
-    }  # fmt: skip

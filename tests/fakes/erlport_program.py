@@ -98,25 +98,6 @@ def six_commands() -> None:
     }  # fmt: skip
 
 
-def many_at_once() -> None:
-    """256 runs call the LM before one of them is answered; pings are answered meanwhile."""
-    server = LMServer(lambda _request: chat(answer="Paris"))
-    create(server)
-    server.gate.clear()
-    for number in range(256):
-        submit(number, b"execute_program", execute_args(number))
-    for _ in range(256):
-        assert server.arrived.acquire(timeout=PATIENCE)
-    load: Any = call(b"get_stats")[b"result"]
-    assert load[b"in_flight"] == 256 and call(b"ping")[b"success"] == "true"
-    assert erlport.erlang.mailbox.empty()
-    server.gate.set()
-    replies = received(256)
-    assert sorted(replies) == list(range(256))
-    assert all(reply == {b"success": "true", b"result": {b"answer": b"Paris"}} for reply in replies.values())
-    server.stop()
-
-
 def a_call_holds_up_its_caller_only() -> None:
     """While the main thread waits in `call`, submitted commands and other threads' calls are answered."""
     server = LMServer(lambda _request: chat(answer="Paris"))

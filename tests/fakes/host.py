@@ -55,15 +55,11 @@ class Deadly(dspy.Module):
 
 
 class Spoilable(dspy.Module):
-    """Loads as long as the file FAKE_FILE is not there; then raises, or ends the peer if the file says `exit`."""
+    """Loads as long as the file FAKE_FILE is not there; then raises."""
 
     def __init__(self):
         super().__init__()
         if os.path.exists(os.environ["FAKE_FILE"]):
-            _note("spoilt")
-            with open(os.environ["FAKE_FILE"]) as file:
-                if file.read() == "exit":
-                    os._exit(8)
             raise ValueError("spoilt")
 
     async def aforward(self, question):

@@ -15,8 +15,12 @@ SUFFIXES = {".py", ".ex", ".exs"}
 
 
 def lines(folders: list[str], left_out: list[str]) -> int:
-    """The lines of all Python and Elixir files in these folders, without those in folders that are left out."""
-    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES]
+    """The lines of all Python and Elixir files in these folders, without those in folders that are left out.
+
+    A link is not counted: the file that it leads to is.
+    """
+    found = (file for folder in folders for file in (ROOT / folder).rglob("*") if not file.is_symlink())
+    files = [file for file in found if file.suffix in SUFFIXES]
     counted = [file for file in files if not any(file.is_relative_to(ROOT / folder) for folder in left_out)]
     return sum(file.read_bytes().count(b"\n") for file in counted)
 

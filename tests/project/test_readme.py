@@ -8,7 +8,6 @@ from peer import ROOT
 from test_docs import table
 
 README = (ROOT / "README.md").read_text()
-# A forge shows lines of this length without scrolling.
 
 
 def test_what_happens_in_short_is_what_happens() -> None:

@@ -54,12 +54,6 @@ def test_what_needs_litellm_where_that_is_not_installed(tmp_path: Path) -> None:
         assert list(found) == ["lacking"] and "`mix dspex.setup --with litellm`" in found["lacking"]
 
 
-@pytest.mark.slow  # it imports LiteLLM
-def test_an_lms_engine_needs_dspy_3_4(tmp_path: Path) -> None:
-    found = facts("openai/gpt-4o-mini", tmp_path, {"engine": "litellm"})
-    assert found["engine"] == "litellm"
-
-
 def test_a_misspelt_option_has_the_nearest_one(tmp_path: Path) -> None:
     """The peer refuses it with the same words."""
     found = facts("openai/gpt-4o-mini", tmp_path, {"api_bas": "http://127.0.0.1:1/v1"})

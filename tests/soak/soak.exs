@@ -1,6 +1,6 @@
 # A long run of everything at once, for `make soak`: many callers of all kinds, peers that are killed or hang at random,
-# a pool's coordinator that is killed, restarts and deaths under thousands of calls, requests meant to stop the peer for all
-# others, and at the end the counts are verified: what was sent was answered, nothing grew, nothing is left. Exit status 1
+# a pool's coordinator that is killed, restarts and deaths under thousands of calls, and at the end the counts are
+# verified: what was sent was answered, nothing grew, nothing is left. Exit status 1
 # if anything is amiss.
 #
 # A bridge that is never killed (:steady) is what memory is measured by; the others are killed, restarted, crashed.
@@ -33,9 +33,7 @@ defmodule Soak do
 
     tally = :ets.new(:tally, [:public, write_concurrency: true])
     stop = :atomics.new(1, [])
-    fill_memory(tally)
     workers = for n <- 1..@workers, do: spawn_monitor(fn -> work(n, tally, stop) end)
-    workers = [spawn_monitor(fn -> speak_raw(open_raw(), tally, stop) end) | workers]
     killer = spawn_link(fn -> kill_now_and_then(tally) end)
     # What it has begun is to be over before the end.
     workers = [spawn_monitor(fn -> harm_the_pool(tally, stop) end) | workers]
@@ -130,14 +128,6 @@ defmodule Soak do
     if :atomics.get(stop, 1) == 0, do: work(n, tally, stop), else: :ok
   end
 
-  # Patterns that are refused need the most memory, which the peer's allocator keeps: 45 MB after thousands of them. They are
-  # rare in the run, which would take hours to get there, and it would look like growth.
-  defp fill_memory(tally) do
-    1..@workers
-    |> Enum.map(fn n -> Task.async(fn -> for _ <- 1..400, do: one(83, n, :steady, tally) end) end)
-    |> Task.await_many(:infinity)
-  end
-
   defp one(dice, _n, target, tally) when dice <= 30, do: expect(tally, fn -> call(target, :ping, %{}, @patience) end)
   defp one(dice, _n, target, tally) when dice <= 60, do: expect(tally, fn -> execute(target, "qa") end)
   defp one(dice, _n, target, tally) when dice <= 65, do: expect(tally, fn -> execute(target, "nap") end)
@@ -179,57 +169,7 @@ defmodule Soak do
     end
   end
 
-  # The least busy bridge, for a function that returns, throws, or is killed.
-  defp one(78, _n, :pool, tally) do
-    fun = fn bridge ->
-      case Bridge.call(bridge, :ping, %{}, @patience) do
-        {:ok, _} -> if Enum.random([true, false]), do: throw(:enough)
-        # Its pool is being restarted.
-        {:error, :bridge_not_running} -> nil
-      end
-    end
-
-    expect(tally, fn ->
-      try do
-        # None is running, or the pool is being restarted.
-        with {:error, reason} when reason in [:pool_exhausted, :bridge_not_running] <- Pool.with_bridge(:pool, fun), do: {:ok, reason}
-      catch
-        :throw, :enough -> {:ok, :thrown}
-      end
-    end)
-
-    {pid, ref} = spawn_monitor(fn -> Pool.with_bridge(:pool, fn _bridge -> Process.sleep(:infinity) end) end)
-    Process.sleep(Enum.random(0..5))
-    Process.exit(pid, :kill)
-    receive(do: ({:DOWN, ^ref, :process, ^pid, _reason} -> count(tally, :borrowed)))
-  end
-
-  defp one(dice, n, target, tally) when dice <= 82, do: own("own #{n}", target, tally)
-  # What would stop the peer for all others, were it searched by a backtracking or quadratic search. How such a pattern
-  # is answered is not the matter here.
-  defp one(83, _n, target, tally) do
-    args = %{id: "bad #{System.unique_integer()}", signature: %{inputs: [%{name: "q"}], outputs: [%{name: "a", type: bad_schema()}]}}
-
-    expect(tally, fn ->
-      case call(target, :create_program, args, @patience) do
-        {:error, text} when is_binary(text) -> {:ok, :refused}
-        {:ok, _} -> call(target, :cleanup, %{program_ids: [args.id]}, @patience)
-        other -> other
-      end
-    end)
-  end
-
-  # An integer with more digits than Python reads.
-  defp one(84, _n, target, tally) do
-    digits = Enum.random(4_301..20_000)
-
-    expect(tally, fn ->
-      case call(target, :ping, %{n: Integer.pow(10, digits)}, @patience) do
-        {:error, text} when is_binary(text) -> {:ok, :refused}
-        other -> other
-      end
-    end)
-  end
+  defp one(dice, n, target, tally) when dice <= 84, do: own("own #{n}", target, tally)
 
   # Too late for most.
   defp one(dice, _n, target, tally) when dice <= 92 do
@@ -260,43 +200,6 @@ defmodule Soak do
     expect(tally, fn -> call(target, :cleanup, %{program_ids: [id]}, @patience) end)
     expect(tally, fn -> execute(target, id) end, {:error, "Program not found: #{id}"})
     expect(tally, fn -> call(target, :list_programs, %{}, @patience) end)
-  end
-
-  defp bad_schema do
-    length = Enum.random(1..700)
-    runs = ["{" <> String.duplicate(" ", length), String.duplicate("(a*)*", length) <> "b", String.duplicate("(", length)]
-    runs = ["(?=" <> String.duplicate("a{1,", length), String.duplicate("[", length), String.duplicate("\\", length) | runs]
-    %{type: "string", pattern: Enum.random(runs)}
-  end
-
-  ## A client without Bridge
-
-  # A peer behind a bare port, which is sent what Bridge would not send.
-  defp open_raw do
-    script = Path.expand("../../elixir_harness/priv/python/dspy_bridge.py", __DIR__)
-    env = for {name, value} <- env(), do: {String.to_charlist(name), String.to_charlist(value)}
-    Port.open({:spawn_executable, System.get_env("DSPY_BRIDGE_PYTHON")}, [{:packet, 4}, :binary, args: [script], env: env])
-  end
-
-  # Runs of digits in what is not JSON; the ping behind each is answered in its turn.
-  defp speak_raw(port, tally, stop) do
-    digits = String.duplicate("1", Enum.random(4_301..1_000_000))
-    Port.command(port, Enum.random([digits, ~s({"id":1,"n":) <> digits, ~s({"id":1,"n":) <> digits <> "x}", "-" <> digits <> ".e"]))
-    Port.command(port, ~s({"id":"after","command":"ping"}))
-    expect(tally, fn -> raw_reply(port, %{"error_type" => "invalid_json"}) end)
-    expect(tally, fn -> raw_reply(port, %{"id" => "after", "success" => true}) end)
-    Process.sleep(500)
-    if :atomics.get(stop, 1) == 0, do: speak_raw(port, tally, stop), else: Port.close(port)
-  end
-
-  defp raw_reply(port, wanted) do
-    receive do
-      {^port, {:data, frame}} ->
-        reply = JSON.decode!(frame)
-        if Map.take(reply, Map.keys(wanted)) == wanted, do: {:ok, wanted}, else: Map.delete(reply, "result")
-    after
-      5_000 -> {:no_reply, wanted}
-    end
   end
 
   ## Thousands of callers at once

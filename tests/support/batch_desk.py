@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from conftest import lm_env
 from lm_server import Answer, LMServer
-from peer import PATIENCE, Peer
-from tool_host import ToolError
+from peer import Peer, until
+from tool_host import answer
 
 Tool = Callable[[dict[str, Any]], Any]
 Answers = Callable[[dict[str, Any]], Answer]
@@ -51,26 +50,21 @@ class Desk:
         return frame
 
     def tell(self, call: dict[str, Any], tool: Tool | None) -> None:
-        try:
-            assert tool is not None
-            result: dict[str, Any] = {"success": True, "result": tool(call["args"])}
-        except ToolError as error:
-            result = {"success": False, "error": str(error)}
-        self.peer.send({"tool_result": {"call_id": call["call_id"], **result}})
+        assert tool is not None
+        answer(self.peer, call, {call["name"]: lambda **args: tool(args)})
 
     def becomes_idle(self) -> None:
-        end = time.monotonic() + PATIENCE
-        while True:
+        def idle() -> bool:
             stats = self.peer.call("get_stats")["result"]
-            if (stats["in_flight"], stats["queued"]) == (0, 0):
-                return
-            assert time.monotonic() < end, stats
+            return (stats["in_flight"], stats["queued"]) == (0, 0)
+
+        until(idle)
 
 
 @contextmanager
-def fresh(desk: Desk, answer: Answers) -> Iterator[Desk]:
+def fresh(desk: Desk, answers: Answers) -> Iterator[Desk]:
     """A desk that other tests have used, with the program `qa`, whose LM answers like this."""
-    desk.answer = answer
+    desk.answer = answers
     # What another test cancelled may reach the server only now.
     assert desk.server.becomes_idle(10)
     desk.server.serve(lambda request: desk.answer(request))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,15 @@ class Peer:
     def terminate(self) -> None:
         """SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
+
+
+def until(there: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """What `there` gives once it gives something."""
+    end = time.monotonic() + seconds
+    while not (found := there()):
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.002)
+    return found
 
 
 def payloads(data: bytes) -> list[dict[str, Any]]:

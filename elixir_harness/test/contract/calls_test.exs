@@ -56,9 +56,7 @@ defmodule DSPex.Contract.CallsTest do
     assert type == :invalid_args
   end
 
-  test "a request has times, tokens and calls of the LM, and its prompts if asked for", %{
-    bridge: bridge
-  } do
+  test "a request has times, tokens and LM calls, and prompts if asked for", %{bridge: bridge} do
     assert {:ok, %{"answer" => _}, meta} =
              Bridge.request(bridge, :execute_program, @ask, history: true)
 

@@ -54,7 +54,7 @@ defmodule DSPex.Contract.FaultsTest do
     opts = [name: nil, bridge: bridge, interval: 50, timeout: 100, max_failures: 3]
     monitor = start_supervised!({Monitor, opts})
     old = os_pid(bridge)
-    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{old}"])
+    signal("STOP", old)
     eventually(fn -> os_pid(bridge) not in [old, nil] end, 20_000)
     assert {:ok, _result, _meta} = run(bridge)
     eventually(fn -> Monitor.get_health_status(monitor).status == :healthy end, 10_000)
@@ -83,7 +83,7 @@ defmodule DSPex.Contract.FaultsTest do
 
   test "the status is there at once, whatever the peer does" do
     bridge = start()
-    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid(bridge)}"])
+    signal("STOP", os_pid(bridge))
     {ms, status} = timed(fn -> Bridge.get_status(bridge) end)
     assert ms < 500
     assert %{state: :running, pending: 0, uptime_ms: _} = status

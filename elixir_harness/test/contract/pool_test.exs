@@ -14,7 +14,7 @@ defmodule DSPex.Contract.PoolTest do
 
   setup_all do
     start_supervised!({Pool, real_opts(name: @pool, pool_size: 2, default_timeout: 20_000)})
-    eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
+    all_up(@pool)
     :ok
   end
 
@@ -82,7 +82,7 @@ defmodule DSPex.Contract.PoolTest do
       end
 
     for result <- Task.await_many(calls, 40_000), do: assert({:ok, %{"answer" => _}} = result)
-    eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
+    all_up(@pool)
   end
 
   test "the stats are the sums of the peers'" do

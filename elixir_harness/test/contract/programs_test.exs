@@ -53,9 +53,7 @@ defmodule DSPex.Contract.ProgramsTest do
     assert Bridge.call(bridge, :list_programs) == {:ok, %{"programs" => []}}
   end
 
-  test "outputs are values of their types, and a chain of thought has its reasoning", %{
-    bridge: bridge
-  } do
+  test "outputs are values of their types, with the reasoning", %{bridge: bridge} do
     inputs = [%{name: "ticket", type: "string"}]
     team = %{name: "team", type: "Literal['billing', 'support']"}
     urgent = %{name: "urgent", type: "boolean", description: "must be handled today"}
@@ -98,9 +96,7 @@ defmodule DSPex.Contract.ProgramsTest do
     assert {:ok, %{"new" => _}} = run(bridge, "again", %{question: "?"})
   end
 
-  test "a definition that is wrong names the field, and leaves the earlier program", %{
-    bridge: bridge
-  } do
+  test "a wrong definition names the field, and changes nothing", %{bridge: bridge} do
     {:ok, _} = create(bridge, "kept")
     wrong = %{signature: "question -> answer: strng"}
     assert {:error, text} = create(bridge, "kept", wrong)
@@ -116,9 +112,7 @@ defmodule DSPex.Contract.ProgramsTest do
     assert text =~ "qustion"
   end
 
-  test "an LM, an adapter and settings may be those of a program, or of one call", %{
-    bridge: bridge
-  } do
+  test "an LM, an adapter, settings: of a program, or of one call", %{bridge: bridge} do
     args = %{lm: script([%{answer: "mine"}]), adapter: "json", config: %{temperature: 0.5}}
     {:ok, _} = create(bridge, "own", args)
     assert run(bridge, "own", %{question: "?"}) == {:ok, %{"answer" => "mine"}}

@@ -69,11 +69,7 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     {:ok, _} = Bridge.call(@server, :cleanup, %{program_ids: ["better"]})
   end
 
-  test "flags take the place of the file's optimizer and budget", %{
-    tmp_dir: dir,
-    lm: lm,
-    out: out
-  } do
+  test "flags replace the file's optimizer and budget", %{tmp_dir: dir, lm: lm, out: out} do
     # By one thread: those of others may be closed before they reach the LM when the budget is spent.
     parts = [optimize: "[optimizer: :simba, budget: [lm_calls: 1], num_threads: 1]"]
     path = file(dir, lm, parts)
@@ -88,11 +84,7 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     assert File.read!(out) == "mine"
   end
 
-  test "a server of the application, and a module with its tools", %{
-    tmp_dir: dir,
-    lm: lm,
-    out: out
-  } do
+  test "a server of the application", %{tmp_dir: dir, lm: lm, out: out} do
     path =
       file(dir, lm,
         program: ~s|%{"id" => "qa", "signature" => "question -> answer"}|,
@@ -104,8 +96,7 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     assert {:ok, %{"programs" => []}} = Bridge.call(@server, :list_programs)
   end
 
-  test "what is wrong is named, with status 2, and the file stays as it was",
-       %{tmp_dir: dir, lm: lm, out: out} do
+  test "what is wrong is named, and the file stays", %{tmp_dir: dir, lm: lm, out: out} do
     File.write!(out, "mine")
     path = file(dir, lm)
 
@@ -131,8 +122,11 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     assert Path.wildcard(out <> "*") == [out]
   end
 
-  test "what --out refuses costs no LM call, and the file is replaced in place, at the link's target",
-       %{tmp_dir: dir, lm: lm, out: out} do
+  test "what --out refuses costs no LM call; a link's target is replaced", %{
+    tmp_dir: dir,
+    lm: lm,
+    out: out
+  } do
     path = file(dir, lm)
     assert %{status: 2} = run([path, "--out", dir])
     assert OptimizingLM.requests(lm) == 0
@@ -147,8 +141,7 @@ defmodule Mix.Tasks.Dspex.OptimizeTest do
     assert Path.wildcard(Path.join(dir, "*.part"), match_dot: true) == []
   end
 
-  test "--require-gain: a gain that is large enough, one that is not, and the program as it was",
-       %{tmp_dir: dir, lm: lm, out: out} do
+  test "--require-gain, met and not met", %{tmp_dir: dir, lm: lm, out: out} do
     path = file(dir, lm)
     assert %{status: 0, out: printed} = run([path, "--out", out, "--require-gain", "1"])
     refute printed =~ "not better"

@@ -27,7 +27,7 @@ defmodule DSPex.Test.FakePeer do
 
   use GenServer
 
-  defstruct [:bridge, :kind, :starts, :counter, answers: 1] ++
+  defstruct [:bridge, :kind, :starts, answers: 1] ++
               [programs: %{}, heard: [], results: %{}, gone: [], plays: []]
 
   @doc "Options for a bridge without a name, or a pool, whose peers are of this kind."
@@ -38,7 +38,7 @@ defmodule DSPex.Test.FakePeer do
     transport = fn ->
       :counters.add(starts, 1, 1)
       state = %__MODULE__{bridge: self(), kind: kind, answers: answers}
-      state = %{state | starts: :counters.get(starts, 1), counter: starts}
+      state = %{state | starts: :counters.get(starts, 1)}
       {:ok, pid} = GenServer.start_link(__MODULE__, state)
       pid
     end
@@ -58,17 +58,8 @@ defmodule DSPex.Test.FakePeer do
   @doc "Kills the peer of a bridge."
   def kill(bridge), do: Process.exit(of(bridge), :kill)
 
-  @doc "The peer of a bridge counts as its first one."
-  def make_first(bridge), do: GenServer.call(of(bridge), :make_first)
-
   @impl GenServer
   def init(state), do: {:ok, state}
-
-  @impl GenServer
-  def handle_call(:make_first, _from, state) do
-    :counters.put(state.counter, 1, 1)
-    {:reply, :ok, %{state | starts: 1}}
-  end
 
   @impl GenServer
   def handle_info({bridge, {:command, frame}}, %{bridge: bridge} = state) do

@@ -5,6 +5,8 @@ defmodule DSPex.Test.Helpers do
 
   import ExUnit.Assertions, only: [flunk: 1]
 
+  alias DSPex.PythonBridge.{Bridge, Pool}
+
   @root Path.expand("../../..", __DIR__)
 
   @doc "The interpreter of the tests, as `make test` sets it, else the checkout's own."
@@ -79,7 +81,35 @@ defmodule DSPex.Test.Helpers do
   end
 
   @doc "Kills a process of the system by its number."
-  def kill(os_pid), do: {_, 0} = System.cmd("/bin/sh", ["-c", "kill -9 #{os_pid}"])
+  def kill(os_pid), do: signal("KILL", os_pid)
+
+  @doc "Sends it a signal by its name."
+  def signal(name, os_pid), do: {_, 0} = System.cmd("/bin/sh", ["-c", "kill -#{name} #{os_pid}"])
+
+  @doc "Calls `fun` while a process of the system stands still."
+  def while_stopped(os_pid, fun) do
+    signal("STOP", os_pid)
+    fun.()
+  after
+    signal("CONT", os_pid)
+  end
+
+  @doc "Waits until all peers of a pool run, and gives their states."
+  def all_up(pool, ms \\ 20_000) do
+    eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end, ms)
+    Pool.status(pool).peers
+  end
+
+  @doc "Starts a bridge that stays ended once it has ended, and waits until it runs."
+  def start_and_wait(opts, ms \\ 20_000) do
+    spec = Supervisor.child_spec({Bridge, opts}, restart: :temporary, id: make_ref())
+    bridge = ExUnit.Callbacks.start_supervised!(spec)
+    eventually(fn -> Bridge.get_status(bridge).state == :running end, ms)
+    bridge
+  end
+
+  @doc "The messages that the calling process has not received yet."
+  def mailbox, do: elem(Process.info(self(), :messages), 1)
 
   @doc "Waits until `fun` gives something true, and gives it; fails after `ms`."
   def eventually(fun, ms \\ 5_000),

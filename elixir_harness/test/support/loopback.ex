@@ -17,15 +17,6 @@ defmodule DSPex.Test.Loopback do
     port
   end
 
-  @doc "Answers each HTTP request of a connection with what `answer` gives, until the client closes it."
-  def answer_requests(socket, answer, read \\ "") do
-    with {:ok, more} <- :gen_tcp.recv(socket, 0) do
-      whole? = whole?(read <> more)
-      if whole?, do: :ok = :gen_tcp.send(socket, answer.())
-      answer_requests(socket, answer, if(whole?, do: "", else: read <> more))
-    end
-  end
-
   @doc "Answers each chat completion of a connection with the text that `answer` gives to its messages."
   def answer_chats(socket, answer, read \\ "") do
     with {:ok, more} <- :gen_tcp.recv(socket, 0) do

@@ -214,21 +214,6 @@ def test_an_execute_sees_the_create_before_it_and_a_cleanup_takes_it_along(fresh
     assert fresh_echo_peer.call("list_programs")["result"] == {"programs": []}
 
 
-def test_an_existing_id_is_replaced_and_a_failed_replacement_changes_nothing(echo_peer: Peer) -> None:
-    ask = {"program_id": "qa", "inputs": {"question": "x"}}
-    echo_peer.call("create_program", QA)
-    bad = {**QA, "signature": "question -> answer: nope"}
-    echo_peer.send(
-        {"id": "bad", "command": "create_program", "args": bad},
-        {"id": "after", "command": "execute_program", "args": ask},
-    )
-    replies = echo_peer.receive_all(2)
-    assert not replies["bad"]["success"] and replies["after"]["result"] == {"answer": "echo: x"}
-    echo_peer.call("create_program", {**QA, "signature": "question -> answer: int"})
-    assert echo_peer.call("execute_program", ask)["result"] == {"answer": 1}
-    assert echo_peer.call("list_programs")["result"] == {"programs": ["qa"]}
-
-
 def test_list_programs_tells_oldest_first_with_details(echo_peer: Peer) -> None:
     for id in ("b", "a", "c"):
         echo_peer.call("create_program", {"id": id, "signature": "q -> a", "program_type": "chain_of_thought"})
@@ -334,20 +319,6 @@ def test_programs_that_were_replaced_or_removed_take_no_memory(fresh_echo_peer: 
     assert rss() - full < 8 << 20, "the second 1,500 take the place of the first"
 
 
-def test_get_stats(fresh_echo_peer: Peer) -> None:
-    fresh_echo_peer.call("create_program", QA)
-    fresh_echo_peer.call("execute_program", {"program_id": "qa", "inputs": {"question": "x"}})
-    fresh_echo_peer.call("execute_program", {"program_id": "qa", "inputs": {}})
-    stats = fresh_echo_peer.call("get_stats")["result"]
-    assert stats["programs_count"] == 1 and stats["pid"] == fresh_echo_peer.process.pid
-    assert stats["memory_usage"]["rss"] > 10**7 and stats["memory_usage"]["vms"] > 10**7
-    assert (stats["in_flight"], stats["queued"]) == (0, 0) and 0 < stats["uptime"] < 60
-    executes = stats["commands"]["execute_program"]
-    assert (executes["count"], executes["errors"]) == (2, 1) and 0 < executes["p50_ms"] <= executes["p99_ms"]
-    assert stats["versions"]["dspy"].startswith("3.")
-    assert isinstance(stats["degraded"], list)
-
-
 def test_quick_commands_do_not_wait_for_dspy_or_an_lm(start_lm: Any) -> None:
     server = start_lm()
     server.gate.clear()
@@ -363,45 +334,6 @@ def test_quick_commands_do_not_wait_for_dspy_or_an_lm(start_lm: Any) -> None:
             assert peer.call(name)["success"]
         server.gate.set()
         assert peer.receive()["result"] == {"answer": "Paris"}
-
-
-INIT = """
-import dspy, sys
-calls = []
-def init():
-    dspy.configure(lm=None)
-    calls.append(1)
-    open(sys.argv[0] if False else {path!r}, "a").write("called\\n")
-def broken():
-    raise RuntimeError("no tracing here")
-def leaves():
-    sys.exit(3)
-"""
-
-
-def test_init_is_called_once_before_the_first_program(tmp_path: Any) -> None:
-    (tmp_path / "host.py").write_text(INIT.format(path=str(tmp_path / "record")))
-    env = {"DSPY_BRIDGE_INIT": "host:init", "DSPY_BRIDGE_LM": "offline/echo", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    with Peer(env=env) as peer:
-        assert peer.call("ping")["success"] and not (tmp_path / "record").exists()
-        for id in ("a", "b"):
-            assert peer.call("create_program", {"id": id, "signature": "q -> a"})["success"]
-        assert (tmp_path / "record").read_text() == "called\n"
-        reply = peer.call("execute_program", {"program_id": "a", "inputs": {"q": "x"}})
-        assert reply["error_type"] == "lm_not_configured", "what init configures counts"
-
-
-@pytest.mark.parametrize(("name", "text"), [("broken", "no tracing here"), ("leaves", "SystemExit"), ("gone", "gone")])
-def test_an_init_that_fails_stops_nothing_but_programs(tmp_path: Any, name: str, text: str) -> None:
-    (tmp_path / "host.py").write_text(INIT.format(path="/dev/null"))
-    with Peer(env={"DSPY_BRIDGE_INIT": f"host:{name}", "PYTHONPATH": f"{ROOT}:{tmp_path}"}) as peer:
-        for _ in range(2):
-            reply = peer.call("create_program", QA)
-            assert reply["error_type"] == "internal" and "DSPY_BRIDGE_INIT" in reply["error"]
-            assert text in reply["error"]
-        assert peer.call("ping")["success"]
-        _, _, log = peer.finish()
-    assert log.count(f"internal error {reply['error'].split()[-1]}") == 1 and "Traceback" in log
 
 
 def test_without_dspy_everything_but_programs_works(tmp_path: Any) -> None:

@@ -14,7 +14,7 @@ from lm_server import LMServer, chat
 from peer import PATIENCE, ROOT, Peer
 
 HOST = """
-import dspy, json, os
+import dspy, json, os, sys
 from dspy.utils.callback import BaseCallback
 
 class Counter(BaseCallback):
@@ -34,21 +34,24 @@ class Counter(BaseCallback):
 def counting():
     dspy.configure(callbacks=[Counter()])
 
-class Broken(BaseCallback):
-    def on_lm_start(self, call_id, instance, inputs):
-        raise RuntimeError("a callback's defect")
-
-def broken_callback():
-    dspy.configure(callbacks=[Broken()])
-
 def own_lm():
     options = json.loads(os.environ["OWN"])
     dspy.configure(lm=dspy.LM("openai/hosts", **options), track_usage=True)
 
-def raises():
+def noted():
     with open(os.environ["RECORD"], "a") as file:
         file.write("called\\n")
+
+def no_lm():
+    noted()
+    dspy.configure(lm=None)
+
+def raises():
+    noted()
     raise RuntimeError("no tracing here")
+
+def leaves():
+    sys.exit(3)
 
 ERRORS = {"value": ValueError, "type": TypeError, "attribute": AttributeError, "overflow": OverflowError}
 
@@ -147,16 +150,29 @@ def test_an_lm_of_user_code_answers_and_streams(start: Callable[..., Peer], star
     assert reply["meta"]["lm_calls"] == 1
 
 
-def test_after_an_init_that_raises_executes_say_so_too(start: Callable[..., Peer]) -> None:
-    """Those that wait for the program; once its create has failed there is none."""
-    peer = start("raises", DSPY_BRIDGE_LM="offline/echo")
+def test_it_is_called_once_before_the_first_program(start: Callable[..., Peer], tmp_path: Path) -> None:
+    peer = start("no_lm", DSPY_BRIDGE_LM="offline/echo")
+    assert peer.call("ping")["success"] and not (tmp_path / "record").exists()
+    for id in ("qa", "other"):
+        assert peer.call("create_program", {**QA, "id": id})["success"]
+    assert (tmp_path / "record").read_text() == "called\n"
+    assert peer.call("execute_program", ASK)["error_type"] == "lm_not_configured", "what init configures counts"
+
+
+@pytest.mark.parametrize(("init", "text"), [("raises", "no tracing here"), ("leaves", "SystemExit"), ("gone", "gone")])
+def test_one_that_fails_stops_nothing_but_programs(start: Callable[..., Peer], init: str, text: str) -> None:
+    """Also the runs that wait for the program; once its create has failed there is none."""
+    peer = start(init, DSPY_BRIDGE_LM="offline/echo")
     create, execute = peer.request("create_program", QA), peer.request("execute_program", ASK)
     many = peer.request("execute_program", {**ASK, "inputs": [{"question": "a"}]})
     replies = peer.receive_all(3)
     for id in (create, execute, many):
-        assert replies[id]["error_type"] == "internal" and "no tracing here" in replies[id]["error"]
+        error = replies[id]["error"]
+        assert replies[id]["error_type"] == "internal" and "DSPY_BRIDGE_INIT" in error and text in error
     assert peer.call("execute_program", ASK)["error_type"] == "program_not_found"
     assert peer.call("ping")["success"] and peer.call("get_stats")["result"]["in_flight"] == 0
+    log = peer.finish()[2]
+    assert log.count(f"internal error {error.split()[-1]}") == 1 and "Traceback" in log
 
 
 def test_a_set_up_that_fails_is_tried_again_once_a_second(start: Callable[..., Peer], tmp_path: Path) -> None:

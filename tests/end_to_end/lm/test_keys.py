@@ -160,21 +160,6 @@ def test_nor_does_the_lm_of_a_program_a_state_or_an_optimizer(proxy: TLSProxy, b
                     assert SECRETS["api_key"] in requests[0].text, (name, program, call)
 
 
-def test_an_address_that_litellm_would_ignore_is_refused_by_create_program(proxy: TLSProxy) -> None:
-    """Of the program, and of the settings."""
-    own = {"api_base": "http://127.0.0.1:9/v1", "api_key": "sk-own-0001"}
-    options = {"api_base": "http://127.0.0.1:9/v1", "api_key": SECRETS["api_key"]}
-    with Peer(env=peer_env(proxy, "openai/gpt-4o-mini", **options)) as peer:
-        for model in ("replicate/owner/model", "huggingface/owner/model"):
-            reply = peer.call("create_program", {**QA, "lm": {"model": model, **own}})
-            assert reply["error_type"] == "invalid_args" and reply["error"].startswith("lm.api_base: "), reply
-        peer.call("create_program", QA)
-        reply = peer.call("execute_program", {**ASK, "lm": {"model": "replicate/owner/model", **own}})
-        assert reply["error_type"] == "invalid_args", reply
-    with Peer(env=peer_env(proxy, "replicate/owner/model", **own)) as peer:
-        assert "lm_options.api_base: LiteLLM asks other servers" in peer.call("create_program", QA)["error"]
-
-
 @pytest.mark.slow
 def test_nor_do_a_providers_own_options(start_lm: Any) -> None:
     """In `extra` of an `lm`, and of a `config`: with these LiteLLM asks Azure at the environment's address."""

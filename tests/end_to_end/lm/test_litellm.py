@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from conftest import BY_LITELLM, lm_env
-from peer import PATIENCE, ROOT, Peer
+from peer import ROOT, Peer, until
 
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "What is the capital of France?"}}
@@ -98,7 +97,4 @@ def test_with_warm_it_is_imported_when_an_lm_needs_it(start_lm: Any, tmp_path: P
         assert not (tmp_path / "begun").exists()
         lm = {"model": "openai/stub-model", **server.options(engine="litellm")}
         assert peer.call("create_program", {**QA, "id": "other", "lm": lm})["success"]
-        deadline = time.monotonic() + PATIENCE
-        while not (tmp_path / "begun").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until((tmp_path / "begun").exists)

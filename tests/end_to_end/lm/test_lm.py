@@ -62,21 +62,10 @@ def test_lm_adapter_and_config_of_a_program_and_of_a_call(start_lm: Any) -> None
     assert "JSON" in str(first["messages"]) and default.requests == []
 
 
-FORMATS = {"chat": chat(answer="Paris"), "json": '{"answer": "Paris"}', "xml": "<answer>Paris</answer>"}
-
-
-def test_every_adapter_and_that_of_two_steps(start_lm: Any) -> None:
-    """Each asks in its own format; with two steps another LM reads the first one's answer."""
-    server = start_lm(lambda request: FORMATS[request["model"].removeprefix("in-")])
+def test_with_the_adapter_of_two_steps_another_lm_reads_the_answer(start_lm: Any) -> None:
+    formats = {"chat": chat(answer="Paris"), "json": '{"answer": "Paris"}'}
+    server = start_lm(lambda request: formats[request["model"].removeprefix("in-")])
     with shared_peer(env=lm_env(start_lm())) as peer:
-        for name in FORMATS:
-            lm = {"model": f"openai/in-{name}", **server.options()}
-            peer.call("create_program", {**QA, "lm": lm, "adapter": name})
-            assert peer.call("execute_program", ASK)["result"] == {"answer": "Paris"}
-        assert len(server.requests) == 3, "none was asked twice"
-        prompts = [str(request["messages"]) for request in server.requests]
-        assert ["[[ ## answer ## ]]" in prompt for prompt in prompts] == [True, False, False]
-        assert "<answer>" in prompts[2]
         lm = {"model": "openai/in-json", **server.options()}
         small = {"model": "openai/in-chat", **server.options(temperature=0.25)}
         adapter = {"name": "two_step", "extraction_model": small}
@@ -85,10 +74,10 @@ def test_every_adapter_and_that_of_two_steps(start_lm: Any) -> None:
         assert reply["result"] == {"answer": "Paris"}
         assert reply["meta"]["lm_calls"] == 2
         assert sorted(reply["meta"]["lm_usage"]) == ["openai/in-chat", "openai/in-json"]
-    first, second = server.requests[3:]
+    first, second = server.requests
     assert (first["model"], first["temperature"]) == ("in-json", 0.5)
     assert (second["model"], second["temperature"]) == ("in-chat", 0.25)
-    assert FORMATS["json"] in second["messages"][-1]["content"], "it reads what the first one wrote"
+    assert formats["json"] in second["messages"][-1]["content"], "it reads what the first one wrote"
 
 
 def test_a_key_that_nobody_gave_is_the_environments(start_lm: Any) -> None:
@@ -185,30 +174,6 @@ def test_no_lm_and_no_key_are_told_as_such() -> None:
         assert reply["error_type"] == "lm_not_configured" and "OPENAI_API_KEY" in reply["error"], reply
 
 
-def test_a_deadline_answers_in_time_and_closes_the_lms_connection(start_lm: Any) -> None:
-    server = start_lm()
-    server.gate.clear()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", QA)
-        reply = peer.call("execute_program", ASK, timeout_ms=300)
-        assert reply["error_type"] == "timeout" and "300 ms" in reply["error"]
-        assert server.closed_by_client.acquire(timeout=PATIENCE)
-        assert peer.call("get_stats")["result"]["in_flight"] == 0
-
-
-def test_more_than_one_hundred_calls_reach_the_lm_at_once(start_lm: Any) -> None:
-    """Where a dspy.LM alone stops: it keeps 100 connections."""
-    server = start_lm()
-    server.gate.clear()
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", QA)
-        ids = [peer.request("execute_program", ASK) for _ in range(150)]
-        for _ in ids:
-            assert server.arrived.acquire(timeout=PATIENCE)
-        server.gate.set()
-        assert all(reply["success"] for reply in peer.receive_all(150).values())
-
-
 def with_files(most: int, *options: str) -> list[str]:
     """The command of a peer that may have so many files open."""
     limit = " ".join(["ulimit", *options, "-n", str(most)])
@@ -216,17 +181,17 @@ def with_files(most: int, *options: str) -> list[str]:
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(start_lm: Any) -> None:
-    """So many calls run at once, and leave idle connections, among which there is room for those of other LMs."""
+    """So many calls run at once, more than a dspy.LM has connections (100); idle ones leave room for other LMs."""
     server = start_lm()
     server.gate.clear()
     with Peer(env=lm_env(server), command=with_files(64, "-S")) as peer:
         peer.call("create_program", QA)
-        for _ in range(100):
+        for _ in range(150):
             peer.request("execute_program", ASK)
-        for _ in range(100):
+        for _ in range(150):
             assert server.arrived.acquire(timeout=PATIENCE)
         server.gate.set()
-        assert all(reply["success"] for reply in peer.receive_all(100).values())
+        assert all(reply["success"] for reply in peer.receive_all(150).values())
         for number in range(25):
             lm = {"model": f"openai/m{number}", **server.options(temperature=number / 100)}
             assert peer.call("execute_program", {**ASK, "lm": lm})["success"]

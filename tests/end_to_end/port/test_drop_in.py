@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -68,10 +67,3 @@ def test_without_the_package_it_says_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-S", str(copy)], env={}, input=b"", capture_output=True, check=False)
     assert done.returncode == 2 and done.stdout == b""
     assert b"install the package for" in done.stderr and done.stderr.count(b"\n") == 1
-
-
-def test_frames_go_through_the_script() -> None:
-    with Peer(command=[sys.executable, str(SCRIPT)], env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
-        assert peer.call("create_program", {"id": "qa", "signature": "q -> a"})["success"]
-        reply = peer.call("execute_program", {"program_id": "qa", "inputs": {"q": json.dumps("x")}})
-        assert reply["result"] == {"a": 'echo: "x"'}

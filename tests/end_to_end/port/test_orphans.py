@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from peer import PATIENCE, ROOT, Peer, payloads
+from peer import PATIENCE, ROOT, Peer, payloads, until
 
 # The promise, in seconds.
 SOON = 1.0
@@ -64,15 +64,6 @@ runpy.run_module("dspy_bridge", run_name="__main__")
 """
 
 Tree = list[psutil.Process]
-
-
-def until(there: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """What `there` gives once it gives something."""
-    end = time.monotonic() + seconds
-    while not (found := there()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.002)
-    return found
 
 
 def is_gone(process: psutil.Process) -> bool:

@@ -7,14 +7,13 @@ import os
 import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import lm_env
-from peer import PATIENCE, ROOT, Peer, frame, payloads, vector_payload, vectors
+from peer import PATIENCE, ROOT, Peer, frame, payloads, until
 
 CREATE = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "x"}}
@@ -25,16 +24,6 @@ def peer() -> Any:
     """A peer that stays, as it should, whatever these tests send to it."""
     with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
         yield peer
-
-
-@pytest.mark.parametrize("vector", vectors("malformed"), ids=lambda v: v["name"])
-def test_a_malformed_payload_costs_one_error_reply(peer: Peer, vector: dict[str, Any]) -> None:
-    peer.send(vector_payload(vector), {"id": "after", "command": "ping"})
-    reply, after = peer.receive(), peer.receive()
-    assert list(reply) == ["id", "success", "error", "error_type"]
-    assert (reply["id"], reply["success"], reply["error_type"]) == (vector["id"], False, vector["error_type"])
-    assert vector.get("error_has", "") in reply["error"] and "\n" not in reply["error"]
-    assert after["id"] == "after" and after["success"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other kernel has it")
@@ -64,10 +53,7 @@ def test_nothing_heavy_is_imported_before_the_first_ping_is_answered(tmp_path: P
     record = tmp_path / "record"
     with Peer(command=[sys.executable, "-c", code, str(record)]) as peer:
         assert peer.call("ping")["success"]
-        end = time.monotonic() + PATIENCE
-        while not record.exists():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(record.exists)
     imported = record.read_text()
     assert "dspy_bridge.port.frame_writer" in imported
     heavy = {"dspy", "pydantic", "asyncio", "logging", "orjson", "json", "typing", "dataclasses", "argparse", "psutil"}
@@ -83,10 +69,7 @@ def test_dspy_is_imported_after_the_first_answer_without_a_program(tmp_path: Pat
     with Peer(env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "RECORD": str(record)}) as peer:
         assert not record.exists()
         assert peer.call("ping")["success"]
-        end = time.monotonic() + PATIENCE
-        while not record.exists():
-            assert time.monotonic() < end
-            assert peer.call("ping")["success"]
+        until(lambda: peer.call("ping")["success"] and record.exists())
         assert peer.call("list_programs")["result"] == {"programs": []}
         assert peer.finish() == (0, b"", "")
 
@@ -157,7 +140,8 @@ def test_stray_output_never_reaches_the_frames(tmp_path: Any) -> None:
 
 def test_what_was_received_is_answered_after_the_end_of_input() -> None:
     """One write of all requests, then end of input: every request has its reply, then exit 0."""
-    with Peer(env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
+    # A busy machine takes longer than the default to import DSPy.
+    with Peer("--drain-ms", "60000", env={"DSPY_BRIDGE_LM": "offline/echo"}) as peer:
         create = {"id": 1, "command": "create_program", "args": CREATE}
         asks = [{"id": n, "command": "execute_program", "args": ASK} for n in range(2, 22)]
         peer.send(create, *asks)
@@ -288,6 +272,4 @@ def test_frames_of_64_mib_both_ways_whose_memory_is_given_back(fresh_echo_peer: 
         fresh_echo_peer.send(data)
         payload = fresh_echo_peer.receive_payload()
         assert payload.startswith(b'{"id":"xxx') and len(payload) > len(text)
-    end = time.monotonic() + PATIENCE
-    while (after := fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]) > 1.3 * before:
-        assert time.monotonic() < end, (before, after)
+    until(lambda: fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"] <= 1.3 * before)

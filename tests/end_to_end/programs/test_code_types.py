@@ -17,7 +17,7 @@ import psutil
 import pytest
 from conftest import lm_env
 from lm_server import chat, script
-from peer import PATIENCE, ROOT, Peer
+from peer import ROOT, Peer, until
 from shared_peers import shared_peer
 from tool_host import ToolError, execute
 
@@ -144,26 +144,21 @@ def test_code_that_does_not_end_is_ended_with_its_process(start: Any, how: str) 
     peer, _ = start(RLM, LOOPING)
     begin = time.monotonic()
     id = peer.request("execute_program", ASK, **({"timeout_ms": 900} if how == "deadline" else {}))
-    while not workers(peer):
-        assert time.monotonic() < begin + PATIENCE
+    until(lambda: workers(peer))
     if how == "cancel":
         peer.send({"cancel": id})
     reply = peer.receive()
     assert reply["error_type"] == ("timeout" if how == "deadline" else "cancelled")
     assert how == "cancel" or 0.8 < time.monotonic() - begin < 1.4
-    while workers(peer) or peer.call("get_stats")["result"]["threads"]["running"]:
-        assert time.monotonic() < begin + PATIENCE
+    until(lambda: not workers(peer) and not peer.call("get_stats")["result"]["threads"]["running"])
 
 
 @pytest.mark.parametrize("init", ["deno", "slow_deno"])
 def test_a_sandbox_that_hears_nothing_is_killed(start: Any, init: str) -> None:
     """DSPy's own shutdown is a message, which a busy or starting process does not read."""
     peer, _ = start(RLM, LOOPING, init=init)
-    begin = time.monotonic()
     id = peer.request("execute_program", ASK)
-    while not workers(peer):
-        assert time.monotonic() < begin + PATIENCE
+    until(lambda: workers(peer))
     peer.send({"cancel": id})
     assert peer.receive()["error_type"] == "cancelled"
-    while workers(peer) or peer.call("get_stats")["result"]["threads"]["running"]:
-        assert time.monotonic() < begin + PATIENCE
+    until(lambda: not workers(peer) and not peer.call("get_stats")["result"]["threads"]["running"])

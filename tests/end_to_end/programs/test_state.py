@@ -13,36 +13,21 @@ import dspy
 import pytest
 from conftest import lm_env
 from lm_server import LMServer, chat
-from peer import ROOT, Peer
+from peer import Peer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'prefix' argument:DeprecationWarning")
-
-HOST = """
-import dspy
-class Two(dspy.Module):
-    def __init__(self, signature):
-        super().__init__()
-        self.first = dspy.Predict("question -> topic")
-        self.rest = [dspy.ChainOfThought("question, topic -> answer")]
-    def forward(self, question):
-        topic = self.first(question=question).topic
-        return self.rest[0](question=question, topic=topic)
-"""
 
 
 class Served:
     """A peer, its LM, and its folder for states."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "host.py").write_text(HOST)
         self.folder = folder / "states"
         self.folder.mkdir()
         self.answer = chat(answer="Paris", reasoning="r", rationale="r", topic="t")
         self.server = LMServer(lambda _request: self.answer)
         env = {
             "DSPY_BRIDGE_STATE_DIR": str(self.folder),
-            "DSPY_BRIDGE_ALLOW_MODULES": "host",
-            "PYTHONPATH": f"{ROOT}:{folder}",
             "OPENAI_API_KEY": "sk-environment-012345",
             "OPENAI_BASE_URL": self.server.url,
             "OPENAI_API_BASE": self.server.url,
@@ -143,30 +128,6 @@ def test_a_learned_program_is_served_and_given_back(served: Served, kind: str, t
         begin = len(served.server.requests)
         module(**inputs)
         assert [request["messages"] for request in served.server.requests[begin:]] == first
-
-
-def test_a_module_of_the_hosts_own_has_a_state_for_each_predictor(served: Served) -> None:
-    program = served.created("host:Two")
-    state = served.state(program)
-    assert set(state) == {"first", "rest[0].predict", "metadata"}
-    state["first"]["signature"]["instructions"] = "Name the topic."
-    state["rest[0].predict"]["demos"] = [{"question": "q", "topic": "t", "reasoning": "r", "answer": "a demo"}]
-    served.answer = chat(answer="Paris", reasoning="r", topic="t")
-    first, second = served.prompts(served.created("host:Two", state=state))
-    assert "Name the topic." in str(first) and "a demo" in str(second)
-
-
-def test_demos(served: Served) -> None:
-    demos = [{"question": "Capital of Italy?", "answer": "Rome"}]
-    for kind in ("predict", "chain_of_thought", "best_of_n"):
-        args, _ = KINDS[kind]
-        program = served.created(kind, demos=demos, **args)
-        prompts = str(served.prompts(program))
-        assert "Capital of Italy?" in prompts and "Rome" in prompts
-        again = served.created(kind, state=served.state(program), **args)
-        assert str(served.prompts(again)) == prompts
-    reply = served.create(demos=[{"question": 5}])
-    assert reply["error_type"] == "invalid_args" and reply["error"].startswith("demos[0].question")
 
 
 def test_the_lm_that_a_program_was_saved_with_is_its_lm(served: Served, tmp_path: Path) -> None:

@@ -129,16 +129,6 @@ def test_media_arrive_at_the_lm_as_parts_of_their_own(start_lm: Any, adapter: st
     assert paper["file_data"] == f"data:application/pdf;base64,{PNG}"
 
 
-def test_turns_of_a_history_are_messages(start_lm: Any) -> None:
-    server = start_lm()
-    with shared_peer(env=lm_env(server)) as peer:
-        create(peer, {"question": "str", "log": "history"}, {"answer": "str"})
-        assert execute(peer, question="And now?", log=[{"question": "Before?", "answer": "Rome"}])["success"]
-    messages = server.requests[0]["messages"]
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
-    assert "Before?" in messages[1]["content"] and "Rome" in messages[2]["content"]
-
-
 def test_patterns_and_texts_made_to_take_long_stop_nobody_else() -> None:
     """700 spaces in a pattern stopped all pings for minutes, and these strings all deadlines for half a minute."""
     patterns = ["{" + " " * 700, "(((a{99}){99}){99})", "(?i)" + r"\PL" * 300, "a{" + "9" * 900 + "}", "(?" * 500]

@@ -1,19 +1,10 @@
-"""Answers `slow` after args.s seconds and `create_program` after args.wait; keeps programs as ids. Others at once.
-
-With FAKE_FILE, each peer notes its start there, and the second reads nothing past its first ping.
-"""
+"""Answers `slow` after args.s seconds and `create_program` after args.wait; keeps programs as ids. Others at once."""
 
 import os
 import threading
-import time
 
 from frames import reply, requests
 
-starts = 1
-if "FAKE_FILE" in os.environ:
-    with open(os.environ["FAKE_FILE"], "a+") as file:
-        file.write("x")
-        starts = file.tell()
 programs = []
 lock = threading.Lock()
 
@@ -36,5 +27,3 @@ for request in requests():
     else:
         with lock:
             reply(request, {"programs": programs, "pid": os.getpid()})
-    if command == "ping" and starts == 2:
-        time.sleep(600)

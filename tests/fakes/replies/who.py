@@ -1,6 +1,5 @@
 """Answers with its pid, and keeps programs as ids with their signatures. `hold` is never answered; `die` ends the peer.
 
-A cleanup of the program `refused` is refused, as is one with arguments that it does not know.
 A program with the signature `one -> only` is accepted by the peer that creates FAKE_FILE; the others refuse it.
 """
 
@@ -54,9 +53,6 @@ for request in requests():
         reply(request, {"programs": programs})
     elif command == "cleanup":
         ids = args.get("program_ids", list(programs))
-        if args.keys() - {"program_ids"} or not isinstance(ids, list) or "refused" in args.get("program_ids", ()):
-            refuse(request, "cleanup: no", "invalid_args")
-            continue
         for program_id in ids:
             programs.pop(program_id, None)
         reply(request, {"status": "cleaned"})

@@ -43,19 +43,16 @@ defmodule DSPex.PythonBridge.EnvironmentCheckTest do
     assert error() =~ "#{path} cannot be run: exit status 126: "
   end
 
-  test "an interpreter that fails", %{tmp_dir: dir} do
-    path = use_interpreter(dir, "echo 'cannot load libpython' >&2; exit 127")
-    assert error() =~ "#{path} cannot be run: exit status 127: cannot load libpython"
-  end
-
-  test "an interpreter that is not Python", %{tmp_dir: dir} do
-    path = use_interpreter(dir, "echo hello")
-    assert error() =~ "#{path} cannot be run: it is not a Python: hello"
-  end
-
-  test "a Python that is too old", %{tmp_dir: dir} do
-    path = use_interpreter(dir, ~S(echo 'DSPEX {"version": "3.9.1", "found": {}}'))
-    assert error() =~ "Python too old: #{path} is 3.9.1, needed is 3.10"
+  test "an interpreter that fails, is not Python, or is too old", %{tmp_dir: dir} do
+    for {script, text} <- [
+          {"echo 'cannot load libpython' >&2; exit 127",
+           "cannot be run: exit status 127: cannot load libpython"},
+          {"echo hello", "cannot be run: it is not a Python: hello"},
+          {~S(echo 'DSPEX {"version": "3.9.1", "found": {}}'), "is 3.9.1, needed is 3.10"}
+        ] do
+      path = use_interpreter(dir, script)
+      assert error() =~ "#{path} #{text}"
+    end
   end
 
   test "no dspy, no psutil: all missing packages, by name", %{tmp_dir: dir} do

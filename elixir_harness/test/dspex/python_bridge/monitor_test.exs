@@ -9,12 +9,6 @@ defmodule DSPex.PythonBridge.MonitorTest do
   # No check comes by itself during a test that does not want one.
   @never 4_000_000_000
 
-  defp start_bridge(opts) do
-    bridge = start_supervised!(Supervisor.child_spec({Bridge, opts}, restart: :temporary))
-    eventually(fn -> Bridge.get_status(bridge).state == :running end)
-    bridge
-  end
-
   defp start_monitor(bridge, opts \\ []) do
     opts = Keyword.merge([name: nil, bridge: bridge, interval: @never, timeout: 100], opts)
     start_supervised!({Monitor, opts})
@@ -34,7 +28,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "a forced check counts like any other, until reset_stats/1" do
-    monitor = :echo |> FakePeer.opts() |> start_bridge() |> start_monitor(timeout: 5_000)
+    monitor = :echo |> FakePeer.opts() |> start_and_wait() |> start_monitor(timeout: 5_000)
     before = Monitor.get_health_status(monitor)
 
     assert %{status: :healthy, failures: 0, checks: 1, success_rate: 1.0} =
@@ -49,17 +43,9 @@ defmodule DSPex.PythonBridge.MonitorTest do
     assert Monitor.get_health_status(monitor) == before
   end
 
-  test "checks come by themselves, one interval after another" do
-    monitor =
-      :echo |> FakePeer.opts() |> start_bridge() |> start_monitor(interval: 10, timeout: 2_000)
-
-    eventually(fn -> Monitor.get_health_status(monitor).checks >= 5 end)
-    assert %{status: :healthy, success_rate: 1.0} = Monitor.get_health_status(monitor)
-  end
-
   test "a peer that does not answer is replaced after max_failures misses, which then count from 0" do
     # Answers the start's ping and two checks.
-    bridge = start_bridge(FakePeer.opts(:silent, answers: 3))
+    bridge = start_and_wait(FakePeer.opts(:silent, answers: 3))
     monitor = start_monitor(bridge, max_failures: 3, timeout: 500)
     old = FakePeer.of(bridge)
 
@@ -78,7 +64,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "the misses of a peer that died are not its successor's" do
-    bridge = start_bridge(fake_opts("silent"))
+    bridge = start_and_wait(fake_opts("silent"))
     monitor = start_monitor(bridge, max_failures: 3)
     for n <- 1..2, do: assert(%{failures: ^n} = Monitor.force_health_check(monitor))
     kill(Bridge.get_status(bridge).os_pid)
@@ -88,13 +74,13 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "a peer that closed its output is replaced by the regular checks" do
-    bridge = start_bridge(fake_opts("closes_stdout"))
+    bridge = start_and_wait(fake_opts("closes_stdout"))
     start_monitor(bridge, interval: 20, timeout: 50, max_failures: 2)
     eventually(fn -> Bridge.get_status(bridge).restarts >= 1 end)
   end
 
   test "after a call was given up it pings at once and again, each time with the full timeout" do
-    bridge = start_bridge(FakePeer.opts(:silent))
+    bridge = start_and_wait(FakePeer.opts(:silent))
     monitor = start_monitor(bridge, timeout: 500, max_failures: 3)
     old = FakePeer.of(bridge)
 
@@ -113,7 +99,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "after many such calls it pings no more often; after an answer it stops" do
-    bridge = start_bridge(FakePeer.opts(:echo))
+    bridge = start_and_wait(FakePeer.opts(:echo))
     monitor = start_monitor(bridge, timeout: 2_000)
     for _ <- 1..1_000, do: GenServer.cast(monitor, :unanswered)
     eventually(fn -> Monitor.get_health_status(monitor).checks == 2 end)
@@ -122,7 +108,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "when the peer has sent something, missed pings in doubt do not count, but checks do" do
-    bridge = start_bridge(FakePeer.opts(:silent))
+    bridge = start_and_wait(FakePeer.opts(:silent))
     monitor = start_monitor(bridge, timeout: 200, max_failures: 1_000)
     assert %{failures: 1} = Monitor.force_health_check(monitor)
     GenServer.cast(monitor, :unanswered)
@@ -159,7 +145,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "a bridge with too many calls is not unhealthy" do
-    bridge = start_bridge(FakePeer.opts(:silent, max_pending: 1))
+    bridge = start_and_wait(FakePeer.opts(:silent, max_pending: 1))
     monitor = start_monitor(bridge, max_failures: 1)
     task = Task.async(fn -> Bridge.call(bridge, :ping, %{}, 20_000) end)
     eventually(fn -> Bridge.get_status(bridge).pending == 1 end)
@@ -197,7 +183,7 @@ defmodule DSPex.PythonBridge.MonitorTest do
   end
 
   test "get_health_status/1 answers while a check runs; who asks for one meanwhile shares it" do
-    bridge = start_bridge(FakePeer.opts(:silent))
+    bridge = start_and_wait(FakePeer.opts(:silent))
     monitor = start_monitor(bridge, timeout: 300, max_failures: 100)
     tasks = for _ <- 1..3, do: Task.async(fn -> Monitor.force_health_check(monitor) end)
     eventually(fn -> length(:sys.get_state(monitor).waiting) == 3 end)

@@ -152,33 +152,20 @@ defmodule DSPex.PythonBridge.OptionsTest do
     assert sealed.env.() == options.env.()
   end
 
-  describe "an option that is misspelt is named with the nearest that there is" do
-    alias DSPex.PythonBridge.{Client, Monitor}
+  test "an option that is misspelt is named with the nearest that there is" do
+    alias DSPex.PythonBridge.Client
 
-    test "a bridge's, in its options and in the configuration" do
-      assert {:error, %ArgumentError{message: text}} = Options.new(max_retrys: 1)
-      assert text =~ "unknown option :max_retrys, did you mean :max_retries?"
-      assert {:error, %ArgumentError{message: text}} = Bridge.start_link(nmae: :x)
-      assert text =~ "did you mean :name?"
-    end
-
-    test "a pool's, be it its own or its bridges'" do
-      assert {:error, %ArgumentError{message: text}} = Pool.start_link(pool_sise: 1)
-      assert text =~ "did you mean :pool_size?"
-      assert {:error, %ArgumentError{message: text}} = Pool.start_link(lm_option: %{})
-      assert text =~ "did you mean :lm_options?"
-    end
-
-    test "a monitor's, a supervisor's, a call's" do
-      assert {:error, %ArgumentError{message: text}} = Monitor.start_link(intervall: 1)
-      assert text =~ "did you mean :interval?"
-
-      assert {:error, %ArgumentError{message: text}} =
-               DSPex.PythonBridge.Supervisor.start_link(bridges: [])
-
-      assert text =~ "did you mean :bridge?"
-      assert {:error, error} = Client.Options.new([timeuot: 5], [:timeout, :retry])
-      assert error.message =~ "did you mean :timeout?"
+    for {start, opts, nearest} <- [
+          {&Options.new/1, [max_retrys: 1], "max_retries"},
+          {&Bridge.start_link/1, [nmae: :x], "name"},
+          {&Pool.start_link/1, [pool_sise: 1], "pool_size"},
+          {&Pool.start_link/1, [lm_option: %{}], "lm_options"},
+          {&Monitor.start_link/1, [intervall: 1], "interval"},
+          {&Supervisor.start_link/1, [bridges: []], "bridge"},
+          {&Client.Options.new(&1, [:timeout, :retry]), [timeuot: 5], "timeout"}
+        ] do
+      assert {:error, %{message: text}} = start.(opts)
+      assert text =~ "unknown option :#{hd(Keyword.keys(opts))}, did you mean :#{nearest}?"
     end
   end
 end

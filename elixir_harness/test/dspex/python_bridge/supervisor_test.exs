@@ -49,23 +49,6 @@ defmodule DSPex.PythonBridge.SupervisorTest do
     assert ids == [{:global, :a}, {:global, :b}]
   end
 
-  test "programs outlive a bridge that crashes" do
-    bridge = Keyword.delete(real_opts(), :name)
-    start_supervised!({BridgeSupervisor, bridge: bridge})
-
-    for id <- ["one", "two"],
-        do: {:ok, _} = Bridge.call(:create_program, %{id: id, signature: "q -> a"})
-
-    {:ok, _} = Bridge.call(:cleanup, %{program_ids: ["one"]})
-    Process.exit(Process.whereis(Bridge), :kill)
-    execute = fn -> Bridge.call(:execute_program, %{program_id: "two", inputs: %{q: "?"}}) end
-
-    assert {:ok, %{"a" => _}} =
-             eventually(fn -> with {:error, :bridge_not_running} <- execute.(), do: nil end)
-
-    assert Bridge.call(:list_programs) == {:ok, %{"programs" => ["two"]}}
-  end
-
   test "a wrong option is refused with an error that names it" do
     for {opts, text} <- [
           {[bridges: 1], ":bridges"},

@@ -36,9 +36,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   end
 
   defp start(opts, name \\ :observed) do
-    spec = Supervisor.child_spec({Bridge, [{:name, name} | opts]}, restart: :temporary)
-    bridge = start_supervised!(spec)
-    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
+    start_and_wait([{:name, name} | opts])
     name
   end
 
@@ -48,8 +46,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
   defp start_pool(opts) do
     opts = Keyword.merge(opts, name: :observed_pool)
     start_supervised!({Pool, opts})
-    states = fn -> Enum.map(Pool.status(:observed_pool).peers, & &1.state) end
-    eventually(fn -> Enum.all?(states.(), &(&1 == :running)) end, 20_000)
+    all_up(:observed_pool)
     :observed_pool
   end
 
@@ -235,7 +232,7 @@ defmodule DSPex.PythonBridge.TelemetryTest do
     assert_received {@check, %{duration: duration}, %{result: :timeout, failures: 2}}
     assert System.convert_time_unit(duration, :native, :millisecond) >= 300
     assert_receive {@down, _, %{reason: :unresponsive}}, 5_000
-    stop_supervised!(:observed)
+    Bridge.stop(bridge)
     check.()
     assert_received {@check, _, %{result: :bridge_not_running}}
   end

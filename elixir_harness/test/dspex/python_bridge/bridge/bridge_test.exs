@@ -12,12 +12,8 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
 
   # temporary: what ends stays ended, and the test can look.
   defp start(fake, opts) do
-    bridge =
-      start_supervised!(
-        Supervisor.child_spec({Bridge, fake_opts(fake, opts)}, restart: :temporary)
-      )
-
-    bridge
+    child = Supervisor.child_spec({Bridge, fake_opts(fake, opts)}, restart: :temporary)
+    start_supervised!(child)
   end
 
   # With a peer inside the BEAM.
@@ -26,25 +22,15 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     start_supervised!(child)
   end
 
-  defp start_up(fake, opts \\ []) do
-    bridge = start(fake, opts)
-    eventually(fn -> Bridge.get_status(bridge).state == :running end)
-    bridge
-  end
+  defp start_up(fake, opts \\ []), do: fake |> fake_opts(opts) |> start_and_wait()
 
   defp pending(bridge), do: Bridge.get_status(bridge).pending
   defp os_pid(bridge), do: Bridge.get_status(bridge).os_pid
 
-  defp messages do
-    {:messages, messages} = Process.info(self(), :messages)
-    messages
-  end
-
   describe "start" do
     @describetag :tmp_dir
 
-    test "start_link returns before the interpreter runs; a call that times out is never sent",
-         %{tmp_dir: dir} do
+    test "start_link does not wait; a call that times out is never sent", %{tmp_dir: dir} do
       file = Path.join(dir, "start")
       bridge = start("waits_for_a_file", env: %{"FAKE_FILE" => file})
       assert %{state: :starting, pending: 0, restarts: 0} = Bridge.get_status(bridge)
@@ -56,8 +42,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert %{pending: 0, late_replies: 0} = Bridge.get_status(bridge)
     end
 
-    test "calls that came before the start are sent in their order, with what is left of their time",
-         %{tmp_dir: dir} do
+    test "calls from before are sent in order, with what is left of their time", %{tmp_dir: dir} do
       file = Path.join(dir, "start")
       bridge = start("waits_for_a_file", env: %{"FAKE_FILE" => file})
 
@@ -134,7 +119,8 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
         assert {:error, "args" <> _} = Bridge.call(bridge, :echo, args, 1_000)
       end
 
-      assert {:error, :timeout} = Bridge.call(start_up_silent(), :ping, %{}, 0)
+      silent = start_and_wait(FakePeer.opts(:silent))
+      assert {:error, :timeout} = Bridge.call(silent, :ping, %{}, 0)
 
       for server <- [
             :nobody,
@@ -155,13 +141,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
         assert Bridge.stop(server) == :ok
       end
 
-      assert messages() == []
-    end
-
-    defp start_up_silent do
-      bridge = start_supervised!({Bridge, FakePeer.opts(:silent)}, id: make_ref())
-      eventually(fn -> Bridge.get_status(bridge).state == :running end)
-      bridge
+      assert mailbox() == []
     end
 
     test "a reply over max_frame_bytes is an error, any other such frame is dropped" do
@@ -229,7 +209,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       eventually(fn -> pending(bridge) == 0 end)
       assert Bridge.cast(:nobody, :echo, %{}) == :ok
       assert {:error, "args" <> _} = Bridge.cast(bridge, :echo, %{a: self()})
-      assert messages() == []
+      assert mailbox() == []
     end
 
     test "one that is never answered is given up after default_timeout" do
@@ -247,7 +227,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert pending(bridge) == 0
       assert {:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000)
       eventually(fn -> Bridge.get_status(bridge).late_replies == 1 end)
-      assert messages() == []
+      assert mailbox() == []
     end
 
     test "of two replies the first counts; replies under unknown ids are dropped" do
@@ -257,7 +237,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
           do: assert({:ok, %{"status" => "ok"}} = Bridge.call(bridge, :ping, %{}, 5_000))
 
       eventually(fn -> Bridge.get_status(bridge).late_replies == 40 end)
-      assert messages() == []
+      assert mailbox() == []
     end
 
     test "frames that are not replies are dropped, and logged once" do
@@ -271,10 +251,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       assert Bridge.get_status(bridge).unreadable_frames == 40
       assert log |> String.split("without a readable id") |> length() == 2
       refute log =~ "Traceback"
-    end
-
-    test "a reply that is not JSON is an error for its own caller only" do
-      bridge = start_up("garbage")
+      # A reply that is not JSON is an error for its own caller only.
       assert {:error, text} = Bridge.call(bridge, :broken, %{}, 5_000)
       assert text =~ "no valid reply"
       assert {:error, %Error{type: :internal}} = Bridge.request(bridge, :broken, %{}, [])
@@ -336,7 +313,7 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
 
     # Longer than a test may take.
     @tag call_timeout: :infinity
-    test "stop ends after the time to finish, whatever the call's, and the peer is gone", %{
+    test "stop ends after the time to finish, and the peer is gone", %{
       bridge: bridge,
       blocked: blocked
     } do
@@ -355,15 +332,18 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       tasks = for _ <- 1..20, do: Task.async(fn -> Bridge.call(bridge, :ping, %{}, 60_000) end)
       eventually(fn -> pending(bridge) == 20 end)
       old = os_pid(bridge)
-      kill(old)
-      results = Task.await_many(tasks, 60_000)
-      assert results == List.duplicate({:error, :python_process_died}, 20)
 
-      eventually(fn ->
-        match?(%{state: :running, restarts: 1, pending: 0}, Bridge.get_status(bridge))
-      end)
+      log =
+        ExUnit.CaptureLog.capture_log(fn ->
+          kill(old)
+          results = Task.await_many(tasks, 60_000)
+          assert results == List.duplicate({:error, :python_process_died}, 20)
+          eventually(fn -> Bridge.get_status(bridge).state == :running end)
+        end)
 
-      refute os_pid(bridge) == old
+      assert log =~ "bridge #{inspect(bridge)}, Python process #{old}: died"
+      assert %{restarts: 1, pending: 0, os_pid: next} = Bridge.get_status(bridge)
+      assert next != old
     end
 
     test "in the middle of a frame" do
@@ -477,39 +457,18 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
     end
   end
 
-  describe "restart/1" do
-    test "replaces the peer, and kills the old one" do
-      bridge = start_up("stubborn")
-      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
-      old = os_pid(bridge)
-      assert Bridge.restart(bridge) == :ok
-      assert {:ok, %{"child" => _}} = Bridge.call(bridge, :ping, %{}, 5_000)
-      assert %{restarts: 1, os_pid: new} = Bridge.get_status(bridge)
-      assert new != old
-      eventually(fn -> not alive?(old) and not alive?(child) end)
-      assert alive?(new)
-    end
-  end
-
   describe "no process is left" do
-    test "after stop, when the peer exits at the end of its input" do
-      bridge = start_up("echo")
-      os_pid = os_pid(bridge)
-      assert alive?(os_pid)
-      assert Bridge.stop(bridge) == :ok
-      eventually(fn -> not alive?(os_pid) end)
-      assert Bridge.stop(bridge) == :ok
-      assert Bridge.stop(:nobody) == :ok
-    end
-
-    test "after stop, when the peer ignores end of input and SIGTERM: nor is its child, within a second" do
+    test "when the peer ignores end of input and SIGTERM: nor is its child, after a restart and after stop" do
       bridge = start_up("stubborn")
-      {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
-      os_pid = os_pid(bridge)
-      assert alive?(child)
-      assert Bridge.stop(bridge) == :ok
-      # They have been sent their end; the system carries that out.
-      eventually(fn -> not alive?(os_pid) and not alive?(child) end)
+
+      for ending <- [&Bridge.restart/1, &Bridge.stop/1] do
+        {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 5_000)
+        os_pid = os_pid(bridge)
+        assert alive?(os_pid) and alive?(child)
+        assert ending.(bridge) == :ok
+        # They have been sent their end; the system carries that out.
+        eventually(fn -> not alive?(os_pid) and not alive?(child) end)
+      end
     end
 
     test "after stop, when the peer leaves a child behind" do
@@ -519,19 +478,5 @@ defmodule DSPex.PythonBridge.Bridge.BridgeTest do
       # It has been sent its end; the system carries that out.
       eventually(fn -> not alive?(child) end)
     end
-  end
-
-  test "log lines name the bridge and the Python process" do
-    log =
-      ExUnit.CaptureLog.capture_log(fn ->
-        bridge = start_up("silent")
-        os_pid = os_pid(bridge)
-        kill(os_pid)
-        eventually(fn -> Bridge.get_status(bridge).restarts == 1 end)
-        send(self(), {:named, "bridge #{inspect(bridge)}, Python process #{os_pid}: died"})
-      end)
-
-    assert_received {:named, text}
-    assert log =~ text
   end
 end

@@ -7,31 +7,8 @@ defmodule DSPex.PythonBridge.Bridge.NameTest do
   # The default name and the application's configuration.
   use ExUnit.Case, async: false
 
-  import DSPex.Test.Helpers
-
   alias DSPex.PythonBridge.Bridge
   alias DSPex.Test.FakePeer
-
-  describe "each with a bridge of its own, linked to the test:" do
-    setup do
-      put_config(:python_bridge, python_executable: python(), lm: "offline/echo")
-      {:ok, _} = Bridge.start_link()
-      :ok
-    end
-
-    for n <- 1..3 do
-      test "ten pings at once (#{n})" do
-        tasks = for n <- 1..10, do: Task.async(fn -> Bridge.call(:ping, %{request_id: n}) end)
-
-        for answer <- Task.await_many(tasks, 30_000),
-            do: assert({:ok, %{"status" => "ok"}} = answer)
-      end
-
-      test "a timeout of 1 ms (#{n})" do
-        assert Bridge.call(:ping, %{}, 1) == {:error, :timeout}
-      end
-    end
-  end
 
   test "a bridge whose starter lives keeps its name" do
     opts = Keyword.delete(FakePeer.opts(:echo), :name)

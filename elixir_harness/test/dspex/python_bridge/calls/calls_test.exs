@@ -78,8 +78,7 @@ defmodule DSPex.PythonBridge.CallsTest do
     end
   end
 
-  test "a replacement is no death, nor is the end of a peer that something else caused",
-       context do
+  test "a replacement is no death, nor is an end that others caused", context do
     for {how, deaths} <- [died: 1, replaced: 0, spared: 0] do
       {_ref, in_flight} = accept(context.in_flight)
       in_flight = Dispatcher.lost(in_flight, context.first, how)
@@ -210,21 +209,6 @@ defmodule DSPex.PythonBridge.CallsTest do
         # Cancelled without waiting for it.
         eventually(fn -> Process.read_timer(timer) == false end)
       end
-    end
-
-    test "and is found by its caller's reference until then", %{
-      in_flight: in_flight,
-      first: first
-    } do
-      {first_ref, in_flight} = accept(in_flight)
-      {second_ref, in_flight} = accept(in_flight)
-      assert {2, in_flight} = InFlight.id_of(in_flight, second_ref)
-      # One that comes after the first question.
-      {third_ref, in_flight} = accept(in_flight)
-      assert {3, in_flight} = InFlight.id_of(in_flight, third_ref)
-      {:ok, in_flight} = Calls.deliver(in_flight, first, 2, "reply")
-      assert {nil, in_flight} = InFlight.id_of(in_flight, second_ref)
-      assert {1, _in_flight} = InFlight.id_of(in_flight, first_ref)
     end
   end
 

@@ -12,15 +12,7 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
 
   @moduletag :tmp_dir
 
-  defp start(opts) do
-    bridge =
-      start_supervised!(
-        Supervisor.child_spec({Bridge, fake_opts("slow", opts)}, restart: :temporary)
-      )
-
-    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
-    bridge
-  end
+  defp start(opts), do: "slow" |> fake_opts(opts) |> start_and_wait()
 
   defp async(bridge, command, args, timeout \\ 30_000),
     do: Task.async(fn -> Bridge.call(bridge, command, args, timeout) end)
@@ -59,8 +51,7 @@ defmodule DSPex.PythonBridge.Calls.RacesTest do
   end
 
   test "a peer is replaced whose reply is on its way: the caller gets it, and the bridge goes on" do
-    spec = Supervisor.child_spec({Bridge, FakePeer.opts(:silent)}, restart: :temporary)
-    bridge = start_supervised!(spec)
+    bridge = start_and_wait(FakePeer.opts(:silent))
     call = async(bridge, :echo, %{})
     pending(bridge, 1)
     peer = FakePeer.of(bridge)

@@ -27,9 +27,7 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
     start_supervised!({api, Keyword.merge(opts, [name: name] ++ size)}, id: name)
   end
 
-  test "attempts, max_concurrency and item_timeout_ms are arguments of execute_program", %{
-    echo: bridge
-  } do
+  test "three of them are arguments of execute_program", %{echo: bridge} do
     args = %{program_id: "qa", inputs: []}
     wanted = %{"attempts" => 10, "max_concurrency" => 1, "item_timeout_ms" => 250}
     wanted = Map.merge(wanted, %{"program_id" => "qa", "inputs" => []})
@@ -95,9 +93,7 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
              api().request(bridge, :execute_program, %{}, attempt: 3)
   end
 
-  test "an option that is an argument already, or that the command does not take, is refused", %{
-    echo: bridge
-  } do
+  test "an option that is there twice, or not taken, is refused", %{echo: bridge} do
     for {option, value} <- @arguments, key <- [option, "#{option}"] do
       twice = ":#{option}: there twice, as an option and as an argument"
 

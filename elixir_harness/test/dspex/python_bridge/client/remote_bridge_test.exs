@@ -54,7 +54,6 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
 
   test "whose node has stopped keeps no caller past its timeout", %{far: far, node: node} do
     os_pid = Nodes.on(node, System, :pid, [])
-    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
     args = %{play: [], x: @big}
 
     calls = [
@@ -65,7 +64,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
       fn -> Bridge.cast(far, :execute_program, args) end
     ]
 
-    try do
+    while_stopped(os_pid, fn ->
       results =
         for call <- calls do
           task = Task.async(call)
@@ -78,9 +77,7 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
                {:ok, {:error, %Error{type: :timeout}}},
                {:ok, :ok}
              ] = results
-    after
-      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
-    end
+    end)
 
     # Those of whom the bridge hears now are gone.
     eventually(fn -> Bridge.get_status(far).pending <= 1 end, 10_000)
@@ -92,14 +89,11 @@ defmodule DSPex.PythonBridge.Client.RemoteBridgeTest do
     for _ <- 1..4, do: Node.spawn(node, Bridge, :call, [near, :execute_program, %{play: play}])
     eventually(fn -> Bridge.get_status(near).pending == 4 end)
     os_pid = Nodes.on(node, System, :pid, [])
-    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
 
-    try do
+    while_stopped(os_pid, fn ->
       assert {:ok, _} = Bridge.call(near, :go, %{name: "now"}, 1_000)
       assert eventually(fn -> Bridge.get_status(near).pending == 0 end)
       assert {:ok, _} = Bridge.call(near, :ping, %{}, 1_000)
-    after
-      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
-    end
+    end)
   end
 end

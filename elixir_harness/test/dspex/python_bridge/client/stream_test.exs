@@ -22,30 +22,19 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     opts = FakePeer.opts(:plays, opts)
 
     case Process.get(:kind) do
-      :bridge -> start_bridge(opts)
+      :bridge -> start_and_wait(opts)
       :pool -> start_pool(opts)
     end
-  end
-
-  defp start_bridge(opts) do
-    spec = Supervisor.child_spec({Bridge, opts}, restart: :temporary, id: make_ref())
-    bridge = start_supervised!(spec)
-    running(bridge)
-    bridge
   end
 
   # The tests know its bridge; `request` and `stream` are those of the pool.
   defp start_pool(opts) do
     name = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
     start_supervised!({Pool, Keyword.merge(opts, name: name, pool_size: 1)}, id: name)
-    [%{bridge: bridge}] = Pool.status(name).peers
-    running(bridge)
+    [%{bridge: bridge}] = all_up(name)
     Process.put(Process.whereis(bridge), name)
     Process.whereis(bridge)
   end
-
-  defp running(bridge),
-    do: eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
 
   defp server(bridge) do
     case Process.get(bridge) do
@@ -73,13 +62,8 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     for %{"cancel" => id} <- heard, do: id
   end
 
-  defp messages do
-    {:messages, messages} = Process.info(self(), :messages)
-    messages
-  end
-
   defp received do
-    for {:chunk, _pid, chunk} <- messages(), do: chunk
+    for {:chunk, _pid, chunk} <- mailbox(), do: chunk
   end
 
   describe "request/4 with :on_chunk" do
@@ -97,7 +81,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert {:ok, %{"answer" => "Paris"}, meta} = request(context.bridge, play, to(self()))
       assert meta == %{"asked" => ["stream", "meta"]}
       assert received() == chunks ++ @count
-      assert Enum.all?(messages(), &match?({:chunk, pid, _} when pid == self(), &1))
+      assert Enum.all?(mailbox(), &match?({:chunk, pid, _} when pid == self(), &1))
       assert %{late_replies: 0, pending: 0} = Bridge.get_status(context.bridge)
     end
 
@@ -110,12 +94,10 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       go(bridge, "on")
       # Three chunks and the reply, at least; of the first three one or none.
       eventually(fn -> status(bridge, :late_replies) >= 4 end)
-      assert messages() == []
+      assert mailbox() == []
     end
 
-    test "with a frame that is not a chunk: it is counted, and the rest goes on", %{
-      bridge: bridge
-    } do
+    test "counts a frame that is not a chunk, and goes on", %{bridge: bridge} do
       garbage =
         for end_of <- [~s({"field":), "[]}", "1}"], do: ["raw", ~s({"id":ID,"stream":) <> end_of]
 
@@ -138,7 +120,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       # To a pool it is one of its peers.
       type = if kind == :pool, do: :python_process_died, else: :bridge_not_running
       assert {:error, %Error{type: ^type}} = result
-      assert messages() == []
+      assert mailbox() == []
     end
 
     test "with a peer that dies before a chunk: it is sent again" do
@@ -168,7 +150,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
                {:ok, %{"answer" => "Paris"}, %{"asked" => ["stream", "meta"]}}
              ] = Enum.to_list(stream(bridge, play))
 
-      assert messages() == []
+      assert mailbox() == []
     end
 
     test "can be pulled by hand: halted between two pulls, it is cancelled", %{bridge: bridge} do
@@ -182,10 +164,10 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert cancelled(bridge) == []
       assert {:halted, nil} = next.({:halt, nil})
       assert [_id] = eventually(fn -> cancelled(bridge) != [] && cancelled(bridge) end)
-      assert messages() == []
+      assert mailbox() == []
       assert [{{:chunk, "n", "0"}, 1}, {{:chunk, "n", "1"}, 2}] = Enum.zip(stream, [1, 2])
       assert [_, _] = eventually(fn -> match?([_, _], cancelled(bridge)) && cancelled(bridge) end)
-      assert messages() == []
+      assert mailbox() == []
     end
 
     test "that is read after its time is over yields what came in time", %{bridge: bridge} do
@@ -199,13 +181,13 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       {:suspended, acc, next} = next.({:cont, acc})
       assert [{:ok, %{}, _}, {_, _, "2"}, {_, _, "1"}, {_, _, "0"}] = acc
       assert {:done, ^acc} = next.({:cont, acc})
-      assert messages() == []
+      assert mailbox() == []
       # And one that did not come in time can be halted, too.
       {:suspended, _, next} = Enumerable.reduce(stream, {:cont, []}, suspend)
       eventually(fn -> System.monotonic_time(:millisecond) > started + 700 end)
       {:suspended, _, next} = next.({:cont, []})
       assert {:halted, nil} = next.({:halt, nil})
-      assert messages() == []
+      assert mailbox() == []
     end
 
     test "yields an error as its last element", %{bridge: bridge} do
@@ -222,7 +204,7 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert [error: %Error{type: :invalid_args}] = Enum.to_list(Bridge.stream(bridge, %{a: {1}}))
       assert [error: %Error{}] = Enum.take(Bridge.stream(%{}, timeout: -1), 1)
       assert [error: %Error{}] = Enum.take(Bridge.stream(bridge, [], []), 1)
-      assert messages() == []
+      assert mailbox() == []
     end
 
     # One peer has told its steps, or given items, and dies.

@@ -40,8 +40,7 @@ defmodule DSPex.PythonBridge.Client.TracingTest do
   end
 
   @tag :tmp_dir
-  test "records that Python logs for the call have it as metadata, and no others",
-       %{tmp_dir: dir, test: name} do
+  test "records of the call have it as metadata, and no others", %{tmp_dir: dir, test: name} do
     File.write!(Path.join(dir, "logs.py"), """
     import dspy, logging
 

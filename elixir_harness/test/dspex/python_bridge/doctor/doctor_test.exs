@@ -117,13 +117,6 @@ defmodule DSPex.PythonBridge.Doctor.DoctorTest do
       assert advice =~ "mix dspex.setup"
       assert statuses(checks, ~w(version dspy ping lm)) == List.duplicate(:skipped, 4)
     end
-
-    test "too old", %{tmp_dir: dir} do
-      says(dir, %{version: "3.8.10", found: %{}})
-      checks = run()
-      assert %{status: :failed, found: found, advice: advice} = checks["version"]
-      assert found =~ "3.8.10, needed is 3.10" and advice =~ "mix dspex.setup --path FOLDER"
-    end
   end
 
   describe "packages" do

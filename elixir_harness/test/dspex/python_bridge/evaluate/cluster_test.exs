@@ -77,8 +77,7 @@ defmodule DSPex.PythonBridge.Evaluate.ClusterTest do
     assert for({question, times} <- :ets.tab2list(scored), times != 1, do: question) == []
   end
 
-  test "the peers of both nodes run examples, with a metric here and with one of a field",
-       context do
+  test "the peers of both nodes run examples", context do
     before = runs(context)
     result = Evaluate.run(@pool, "qa", examples(120), metric: metric(context.scored))
     assert_each_once(result, context.scored, 120)

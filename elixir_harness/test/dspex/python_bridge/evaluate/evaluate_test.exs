@@ -19,10 +19,6 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     {%{question: "q-lima"}, %{answer: "Lima", note: 5}}
   ]
 
-  defmodule Asked do
-    use DSPex.PythonBridge.Program, id: "asked", signature: "question -> answer"
-  end
-
   defmodule Described do
     @callback describe() :: String.t()
     @optional_callbacks describe: 0
@@ -46,14 +42,13 @@ defmodule DSPex.PythonBridge.EvaluateTest do
   setup_all do
     answers = Map.new(@answers, fn {key, answer} -> {key, %{answer: answer}} end)
     script = %{model: "offline/script", answers: answers}
-    bridge = start_supervised!({Bridge, real_opts(lm: script, programs: [Asked])})
+    bridge = start_supervised!({Bridge, real_opts(lm: script)})
     qa = %{id: "qa", signature: "question -> answer"}
     {:ok, _} = Bridge.call(bridge, :create_program, qa, 60_000)
     %{bridge: bridge}
   end
 
-  test "results are in the order of the examples, with inputs, expected values, predictions and scores",
-       %{bridge: bridge} do
+  test "results are in the order of the examples, with all that is known", %{bridge: bridge} do
     test = self()
 
     score = fn example, prediction ->
@@ -99,19 +94,6 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     end
 
     assert Result.add_usage(known, known)["cost_usd"] == 0.5
-  end
-
-  test "a field is compared by the peer", %{bridge: bridge} do
-    for {match, scores} <- [
-          equals: [0.0, 0.0, 1.0],
-          exact_match: [1.0, 0.0, 1.0],
-          f1: [1.0, 0.0, 1.0],
-          contains: [0.0, 0.0, 1.0]
-        ] do
-      opts = [metric: {:field, :answer, match}]
-      assert {:ok, result} = Evaluate.run(bridge, Asked, @examples, opts)
-      assert Enum.map(result.results, & &1.score) == scores, "#{match}"
-    end
   end
 
   test "the tools that a module has are called, and a run may replace some", %{bridge: bridge} do

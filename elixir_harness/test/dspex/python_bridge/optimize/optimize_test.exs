@@ -27,7 +27,7 @@ defmodule DSPex.PythonBridge.OptimizeTest do
     pool = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
     opts = Keyword.merge(FakePeer.opts(:plays), name: pool, pool_size: 1)
     start_supervised!({Pool, opts}, id: pool)
-    eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end)
+    all_up(pool)
     pool
   end
 

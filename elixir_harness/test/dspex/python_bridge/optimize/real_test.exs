@@ -48,8 +48,7 @@ defmodule DSPex.PythonBridge.Optimize.RealTest do
     end
   end
 
-  test "the state that comes out is what the definition makes, and is scored as it says",
-       %{bridge: bridge, lm: lm} do
+  test "the state makes the program that scores as it says", %{bridge: bridge, lm: lm} do
     before = OptimizingLM.requests(lm)
     test = self()
     assert {:ok, result} = optimize(bridge, on_progress: &send(test, &1))

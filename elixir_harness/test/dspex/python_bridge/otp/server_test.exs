@@ -41,13 +41,29 @@ defmodule DSPex.PythonBridge.OTP.ServerTest do
         do: assert(Server.find(term) == :none)
   end
 
-  test "a bridge that is given as a pool, and a pool as a bridge, are named; others do not run",
-       context do
-    %{pool: pool, bridge: bridge} = context
-    assert {:error, "#PID<" <> text} = Pool.call(bridge, :ping)
-    assert text =~ "is a bridge: use Bridge.call"
-    assert {:error, text} = Bridge.call(pool, :ping)
-    assert text =~ "is a pool: use Pool.call"
+  test "a bridge given as a pool, and a pool as a bridge, are named", context do
+    %{pool: pool, bridge: bridge, test: name} = context
+    text = "#{inspect(bridge)} is a bridge: use Bridge.call, Bridge.request or Bridge.stream"
+    assert Pool.call(bridge, :ping) == {:error, text}
+    error = Error.new(:invalid_request, text)
+    assert Pool.request(bridge, :ping, %{}, []) == {:error, error}
+
+    for server <- [pool, name] do
+      named = "#{inspect(server)} is a pool"
+      text = "#{named}: use Pool.call, Pool.request or Pool.stream, "
+      text = text <> "or Pool.with_bridge for one of its bridges"
+      error = Error.new(:invalid_request, text)
+      assert Bridge.call(server, :ping, %{a: @contents}, 1_000) == {:error, text}
+      assert Bridge.cast(server, :ping, %{a: @contents}) == {:error, text}
+      assert Bridge.request(server, :ping, %{}, timeout: 1_000) == {:error, error}
+      assert Bridge.request(server, :ping, %{}, tools: %{t: & &1}) == {:error, error}
+      assert Enum.to_list(Bridge.stream(server, %{}, [])) == [error: error]
+      text = "#{named}: name one of its bridges, which Pool.status/1 lists"
+      assert %{state: :failed, last_error: ^text} = Bridge.get_status(server)
+      assert Bridge.restart(server) == {:error, text}
+    end
+
+    assert {:ok, _} = Pool.call(pool, :ping)
 
     foreign = start_supervised!({Agent, fn -> nil end})
     assert {:error, :bridge_not_running} = Bridge.call(foreign, :ping, %{a: @contents}, 60_000)

@@ -20,7 +20,7 @@ defmodule DSPex.PythonBridge.Pool.DeclaredProgramsTest do
   defp start_who(opts) do
     opts = Keyword.merge([name: @pool, pool_size: 2], opts)
     start_supervised!({Pool, Keyword.merge(fake_opts("who"), opts)})
-    eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 20_000)
+    all_up(@pool)
   end
 
   defp peers, do: Pool.status(@pool).peers

@@ -21,7 +21,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
 
   defp start_up(opts \\ []) do
     pool = start(opts)
-    eventually(fn -> Enum.all?(Pool.status(pool).peers, &(&1.state == :running)) end)
+    all_up(pool)
     pool
   end
 
@@ -36,40 +36,6 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
   defp hold(pool \\ Pool), do: Task.async(fn -> Pool.call(pool, :hold, %{}, 60_000) end)
 
   defp pending, do: Pool.status().peers |> Enum.map(& &1.pending) |> Enum.sort()
-
-  test "a pool used as a bridge gives an error, and is unharmed" do
-    pool = start_up(pool_size: 1)
-
-    log =
-      ExUnit.CaptureLog.capture_log(fn ->
-        for server <- [Pool, pool] do
-          assert {:error, %Error{type: :invalid_request, message: text}} =
-                   Bridge.request(server, :who, %{secret: "hush"}, timeout: 1_000)
-
-          assert text =~
-                   "#{inspect(server)} is a pool: use Pool.call, Pool.request or Pool.stream"
-
-          assert Bridge.request(server, :who, %{}, tools: %{t: & &1}) ==
-                   {:error, elem(error(text), 1)}
-
-          assert [error(text)] == server |> Bridge.stream(%{}, []) |> Enum.to_list()
-          assert Bridge.call(server, :who, %{secret: "hush"}, 1_000) == {:error, text}
-          assert Bridge.cast(server, :who, %{secret: "hush"}) == {:error, text}
-          assert %{state: :failed, last_error: named} = Bridge.get_status(server)
-
-          assert named ==
-                   "#{inspect(server)} is a pool: name one of its bridges, which Pool.status/1 lists"
-
-          assert Bridge.restart(server) == {:error, named}
-        end
-      end)
-
-    refute log =~ "hush"
-    assert Process.whereis(Pool) == pool
-    assert {:ok, _} = Pool.call(:who)
-  end
-
-  defp error(text), do: {:error, Error.new(:invalid_request, text)}
 
   describe "start_link/1" do
     test "has 3 peers under the pool's usual name; the pool goes by its name or pid" do
@@ -215,7 +181,7 @@ defmodule DSPex.PythonBridge.Pool.PoolTest do
     test "is given up after 1 + max_retries peers, and never has more than two of a pool's down" do
       start_up()
       assert Pool.call(:die, %{}, 20_000) == {:error, :python_process_died}
-      eventually(fn -> Enum.all?(Pool.status().peers, &(&1.state == :running)) end)
+      all_up(Pool)
       restarts = for bridge <- bridges(), do: Bridge.get_status(bridge).restarts
       assert Enum.sort(restarts) == [0, 1, 3]
     end

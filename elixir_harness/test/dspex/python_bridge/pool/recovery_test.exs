@@ -1,107 +1,123 @@
 defmodule DSPex.PythonBridge.Pool.RecoveryTest do
-  @moduledoc "Real peers of a pool die, one after another or all the time; callers do not notice."
+  @moduledoc "Real peers of a pool are killed all the time; callers do not notice."
 
   use ExUnit.Case, async: true
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Bridge, Pool}
-  alias DSPex.PythonBridge.Pool.LoadCounters
-  alias DSPex.PythonBridge.Pool.Handle
+  alias DSPex.PythonBridge.{Error, Pool}
+  alias DSPex.Test.PoolProbe
 
-  @moduletag :tmp_dir
-  @moduletag :slow
   @pool __MODULE__.Pool
+  @qa %{id: "qa", signature: "question -> answer"}
+  @agent %{
+    id: "agent",
+    signature: "question -> answer",
+    program_type: "react",
+    options: %{max_iters: 3},
+    tools: [%{name: "search", description: "finds", args: %{query: "str"}}]
+  }
 
-  defp start(dir, opts), do: start_supervised!({Pool, host_opts(dir, [name: @pool] ++ opts)})
-
-  defp create(id, type \\ "predict") do
-    args = %{id: id, signature: "question -> answer", program_type: type}
-    {:ok, %{"status" => "created"}} = Pool.call(@pool, :create_program, args, 60_000)
-  end
-
-  defp execute(id, question),
-    do:
-      Pool.call(@pool, :execute_program, %{program_id: id, inputs: %{question: question}}, 60_000)
-
-  defp all_up, do: eventually(fn -> Enum.all?(peers(), &(&1.state == :running)) end, 30_000)
-
-  # A creation is answered when those that were up have the program: at the start, the first.
-  defp all_have(id) do
-    all_up()
-
-    for %{bridge: bridge} <- peers() do
-      eventually(
-        fn -> match?({:ok, %{"programs" => [^id]}}, Bridge.call(bridge, :list_programs)) end,
-        30_000
-      )
-    end
+  defp start(opts) do
+    start_supervised!({Pool, real_opts([name: @pool, default_timeout: 60_000] ++ opts)})
+    for program <- [@qa, @agent], do: {:ok, _} = Pool.call(@pool, :create_program, program)
+    all_up(@pool)
   end
 
   defp peers, do: Pool.status(@pool).peers
   defp running, do: for(%{state: :running, os_pid: os_pid} <- peers(), do: os_pid)
+
+  defp idle do
+    eventually(fn -> Enum.uniq(PoolProbe.busy(@pool)) == [0] end)
+    # A ping of a monitor may be under way.
+    eventually(fn -> Enum.all?(peers(), &(&1.pending == 0)) end)
+  end
+
+  defp ask(program, question), do: %{program_id: program, inputs: %{question: question}}
+
+  # Each chunk once and in order: joined, they are the answer.
+  defp stream(question) do
+    elements = @pool |> Pool.stream(ask("qa", question)) |> Enum.to_list()
+    text = for {:chunk, "answer", text} <- elements, into: "", do: text
+    assert Enum.count(elements, &(elem(&1, 0) in [:ok, :error])) == 1
+
+    case List.last(elements) do
+      {:ok, %{"answer" => answer}, _meta} ->
+        assert answer == "echo: " <> question
+        assert text == answer
+        :ok
+
+      # After a chunk, and only then.
+      {:error, %Error{type: :python_process_died}} ->
+        assert text != "" and String.starts_with?("echo: " <> question, text)
+        :cut
+    end
+  end
+
+  # The answer of a tool that has run is kept for the next peer.
+  defp call_agent(question) do
+    count = :counters.new(1, [])
+
+    search = fn %{"query" => _} ->
+      :counters.add(count, 1, 1)
+      "found"
+    end
+
+    assert {:ok, %{"trajectory" => %{"observation_0" => "found"}}, _meta} =
+             Pool.request(@pool, :execute_program, ask("agent", question),
+               tools: %{search: search}
+             )
+
+    assert :counters.get(count, 1) == 1
+    :ok
+  end
+
+  defp call(question) do
+    assert Pool.call(@pool, :execute_program, ask("qa", question)) ==
+             {:ok, %{"answer" => "echo: " <> question}}
+
+    :ok
+  end
+
   defp two_or_more([_, _ | _] = some), do: some
   defp two_or_more(_fewer), do: nil
 
-  test "a pool of 3 under 50 callers, one peer killed whenever two serve: none sees an error", %{
-    tmp_dir: dir
-  } do
-    # A call may be hit each time.
-    start(dir, pool_size: 3, max_retries: 8)
-    create("qa")
-    all_have("qa")
+  @tag :slow
+  @tag timeout: 180_000
+  test "a pool of 3, one peer killed whenever two serve: each call, stream and agent has one result" do
+    # No call is given up: it is resent until its first chunk.
+    start(pool_size: 3, max_retries: 50)
     stop = :atomics.new(1, [])
 
     callers =
-      for n <- 1..50 do
+      for n <- 1..30 do
         Task.async(fn ->
           Stream.iterate(1, &(&1 + 1))
-          |> Enum.reduce_while(0, fn m, count ->
-            text = "#{n} #{m}"
-            assert execute("qa", text) == {:ok, %{"answer" => "echo: " <> text}}
-            if :atomics.get(stop, 1) == 1, do: {:halt, count + 1}, else: {:cont, count + 1}
+          |> Enum.reduce_while([], fn m, results ->
+            # Enough chunks to be killed between two of them.
+            question = Enum.map_join(1..60, " ", &"#{n}.#{m}.#{&1}")
+            run = Enum.at([&call_agent/1, &stream/1, &call/1], rem(n, 3))
+            result = run.(question)
+            on? = if :atomics.get(stop, 1) == 1, do: :halt, else: :cont
+            {on?, [result | results]}
           end)
         end)
       end
 
-    rounds = String.to_integer(System.get_env("POOL_STORM_ROUNDS", "8"))
-
-    for n <- 1..rounds do
-      running = eventually(fn -> two_or_more(running()) end, 30_000)
-      os_pid = Enum.at(running, rem(n, length(running)))
+    for n <- 1..String.to_integer(System.get_env("POOL_STORM_ROUNDS", "8")) do
+      serving = eventually(fn -> two_or_more(running()) end, 30_000)
+      os_pid = Enum.at(serving, rem(n, length(serving)))
       kill(os_pid)
       eventually(fn -> os_pid not in running() end)
+      # A new peer serves at once, but imports DSPy with its first call.
+      Process.sleep(700)
     end
 
     :atomics.put(stop, 1, 1)
-    answered = callers |> Task.await_many(60_000) |> Enum.sum()
-    assert answered >= 50
-
-    # Nothing is left of it: every call was counted out.
-    all_up()
-    %{counters: counters} = Handle.fetch(@pool)
-    assert for(index <- 1..3, do: LoadCounters.busy(counters, index)) == [0, 0, 0]
-    # A ping of the pool's monitor may be under way.
-    assert eventually(fn -> for(%{pending: pending} <- peers(), do: pending) == [0, 0, 0] end)
-  end
-
-  test "a request that kills each time fails, those next to it are answered", %{
-    tmp_dir: dir
-  } do
-    start(dir, pool_size: 3)
-    create("nap", "host:Nap")
-    create("deadly", "host:Deadly")
-
-    tasks =
-      for n <- 1..21 do
-        Task.async(fn -> if n == 11, do: execute("deadly", "0"), else: execute("nap", "#{n}") end)
-      end
-
-    {deadly, good} = tasks |> Task.await_many(60_000) |> List.pop_at(10)
-    assert deadly == {:error, :python_process_died}
-    assert good == for(n <- 1..21, n != 11, do: {:ok, %{"answer" => "#{n}"}})
-    log = File.read!(Path.join(dir, "log"))
-    # Four deaths count; of others the next to it may be blamed.
-    assert length(String.split(log, "\n", trim: true)) in 4..12
+    results = callers |> Task.await_many(120_000) |> List.flatten()
+    assert Enum.count(results, &(&1 == :ok)) > 60
+    if System.get_env("POOL_TIMES"), do: IO.inspect(Enum.frequencies(results))
+    all_up(@pool)
+    idle()
   end
 end

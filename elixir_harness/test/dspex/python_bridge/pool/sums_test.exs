@@ -11,8 +11,7 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
   @long 60_000
 
   defp up(name) do
-    eventually(fn -> Enum.all?(Pool.status(name).peers, &(&1.state == :running)) end, @long)
-    Enum.map(Pool.status(name).peers, & &1.bridge)
+    name |> all_up(@long) |> Enum.map(& &1.bridge)
   end
 
   @real __MODULE__.Real
@@ -31,7 +30,6 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
     {@real, bridges}
   end
 
-  defp stop(os_pid), do: {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
   # The monitor may have replaced it meanwhile.
   defp go_on(os_pid), do: System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid} 2>/dev/null"])
 
@@ -117,7 +115,7 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
   test "a peer that does not answer in time is left out, and named" do
     {pool, [_one, two]} = real()
     hung = Bridge.get_status(two).os_pid
-    stop(hung)
+    signal("STOP", hung)
     missing = [inspect(two)]
 
     # Within its own time, and with more of it after two seconds.
@@ -131,16 +129,7 @@ defmodule DSPex.PythonBridge.Pool.SumsTest do
     eventually(fn -> Bridge.get_status(two).pending == 0 end, @long)
     go_on(hung)
     eventually(fn -> match?({:ok, %{"peers" => 2}}, Pool.call(pool, :get_stats)) end, @long)
-    assert messages() == []
-  end
-
-  defp messages, do: elem(Process.info(self(), :messages), 1)
-
-  test "if no peer serves yet, the first that does is waited for" do
-    opts = [script_path: fake("starts_late"), env: %{"FAKE_START_MS" => "500"}, pool_size: 1]
-    name = Module.concat(__MODULE__, Late)
-    start_supervised!({Pool, [name: name, python_executable: python()] ++ opts})
-    assert {:ok, %{"peers" => 1, "missing" => []}} = Pool.call(name, :get_stats, %{}, @long)
+    assert mailbox() == []
   end
 
   test "what all peers refuse is refused; what has no JSON form is not sent" do

@@ -4,7 +4,6 @@ defmodule DSPex.PythonBridge.Programs.BodyTest do
   use ExUnit.Case, async: true
 
   alias DSPex.PythonBridge.Programs.{Body, Store}
-  alias DSPex.PythonBridge.Protocol
 
   doctest Body
 
@@ -39,23 +38,5 @@ defmodule DSPex.PythonBridge.Programs.BodyTest do
     odd = ~s(,"args":{"tools":[1,{"name":2},{"name":"a"}],"options":5,"program_type":7}})
     assert Body.read(odd) == %{tools: ["a"], program_type: "predict"}
     assert Body.read(~s(,"args":{"tools":{"name":"a"}}})).tools == []
-  end
-
-  test "the type is that of the last definition; of a program that is not known it is nil" do
-    table = Store.new()
-    assert Body.program_type(table, "qa") == nil
-
-    for {given, type} <- [
-          {%{}, "predict"},
-          {%{program_type: :chain_of_thought}, "chain_of_thought"}
-        ] do
-      {:ok, body} = Protocol.encode_body(:create_program, Map.put(given, :id, "qa"))
-      Store.put(table, "qa", Store.stamp(), body)
-      for _ <- 1..2, do: assert(Body.program_type(table, "qa") == type)
-      assert Body.tools(table, "qa") == []
-    end
-
-    Store.remove(table, :all, Store.stamp())
-    assert Body.program_type(table, "qa") == nil
   end
 end

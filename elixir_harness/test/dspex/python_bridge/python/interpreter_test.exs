@@ -23,9 +23,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     {Path.join(dir, name), path}
   end
 
-  test "the option, the configured venv, DSPY_VENV, PYTHON_EXECUTABLE, PATH: in this order", %{
-    tmp_dir: dir
-  } do
+  test "the option, the venv, DSPY_VENV, PYTHON_EXECUTABLE, PATH", %{tmp_dir: dir} do
     assert Interpreter.find() == {:ok, System.find_executable("python3")}
 
     {_, by_variable} = venv(dir, "a")
@@ -51,9 +49,7 @@ defmodule DSPex.PythonBridge.Python.InterpreterTest do
     assert Interpreter.find("sh") == {:ok, System.find_executable("sh")}
   end
 
-  test "a setting that names a missing interpreter is an error, and is not skipped", %{
-    tmp_dir: dir
-  } do
+  test "a setting that names a missing interpreter is an error", %{tmp_dir: dir} do
     assert {:error, text} = Interpreter.find("/no/such/python")
     assert text =~ "no Python found" and text =~ "/no/such/python"
     assert {:error, text} = Interpreter.find("no-such-python")

@@ -29,6 +29,16 @@ defmodule DSPex.PythonBridge.StubTest do
     def find(%{"id" => id}), do: "ticket #{id}"
   end
 
+  defmodule Renamed do
+    use DSPex.PythonBridge.Program, id: "first", signature: "question -> answer"
+    def definition, do: Map.put(super(), :id, :second)
+  end
+
+  defmodule Raising do
+    use DSPex.PythonBridge.Program, signature: "question -> answer"
+    def definition, do: raise("no environment")
+  end
+
   defp run(inputs \\ %{}, program \\ "qa"), do: %{program_id: program, inputs: inputs}
 
   defp call(inputs \\ %{}, opts \\ []),
@@ -370,6 +380,20 @@ defmodule DSPex.PythonBridge.StubTest do
       assert id == inspect(Triage)
       assert {:ok, %{"programs_removed" => 1}} = Pool.call(own, :cleanup)
       assert {:ok, %{"programs" => []}} = Bridge.call(own, :list_programs)
+    end
+
+    test "runs under the id of its definition/0" do
+      Stub.stub(@stub, "second", fn %{"question" => "q"} -> {:ok, %{answer: "a"}} end)
+      assert {:ok, %Renamed{answer: "a"}} = Renamed.run([question: "q"], server: @stub)
+
+      assert {:ok, %Renamed{answer: "a"}, _meta} =
+               [question: "q"] |> Renamed.stream(server: @stub) |> Enum.to_list() |> List.last()
+
+      assert {:error, %Error{type: :invalid_request, message: message}} =
+               Raising.run([question: "q"], server: @stub)
+
+      assert message =~ "its definition/0 raised RuntimeError"
+      assert [error: %Error{}] = Enum.to_list(Raising.stream([question: "q"], server: @stub))
     end
   end
 

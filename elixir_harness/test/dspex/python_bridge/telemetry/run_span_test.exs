@@ -130,15 +130,4 @@ defmodule DSPex.PythonBridge.Telemetry.RunSpanTest do
 
     assert mine.() == []
   end
-
-  test "it goes with its caller, however that dies" do
-    test = self()
-    about = %{program_id: "qa", telemetry_metadata: %{}}
-    endless = fn _run -> send(test, :begun) && Process.sleep(:infinity) end
-    pid = spawn(fn -> RunSpan.run(:evaluate, :nobody, about, %{}, endless) end)
-    assert_receive :begun
-    assert Enum.any?(RunSpan.list(), &(&1.caller == pid))
-    Process.exit(pid, :kill)
-    eventually(fn -> not Enum.any?(RunSpan.list(), &(&1.caller == pid)) end)
-  end
 end

@@ -23,9 +23,7 @@ defmodule DSPex.PythonBridge.Tools.EventsTest do
   end
 
   defp start do
-    opts = :plays |> FakePeer.opts() |> Keyword.put(:name, :observed_tools)
-    start_supervised!({Bridge, opts})
-    eventually(fn -> Bridge.get_status(:observed_tools).state == :running end, 10_000)
+    :plays |> FakePeer.opts() |> Keyword.put(:name, :observed_tools) |> start_and_wait()
     :observed_tools
   end
 

@@ -13,12 +13,7 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
 
   doctest Tools.Runner
 
-  defp start(opts \\ []) do
-    spec = Supervisor.child_spec({Bridge, FakePeer.opts(:plays, opts)}, restart: :temporary)
-    bridge = start_supervised!(spec)
-    eventually(fn -> Bridge.get_status(bridge).state == :running end, 10_000)
-    bridge
-  end
+  defp start(opts \\ []), do: :plays |> FakePeer.opts(opts) |> start_and_wait()
 
   defp request(bridge, play, opts),
     do: Bridge.request(bridge, :execute_program, %{play: play}, opts)
@@ -253,43 +248,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
     end
   end
 
-  describe "the peer's death" do
-    # Two slow tools of the same arguments; after the death, another under the first one's call_id, and one of the two.
-    setup do
-      bridge = start()
-      test = self()
-
-      slow = fn args ->
-        send(test, {:running, args, self(), self()})
-        receive do: (:finish -> "slow")
-      end
-
-      first = [["tool", 1, "slow", %{}], ["tool", 2, "slow", %{}], ["go", "never"]]
-      again = [["go", "on"], ["tool", 1, "fast", %{}], ["result", 1], ["go", "slow"]]
-      again = again ++ [["tool", 2, "slow", %{}], ["result", 2], ["go", "end"], ["reply"]]
-      tools = %{slow: slow, fast: fn _ -> "fast" end}
-      task = async(bridge, [["first", first, again]], tools: tools)
-      assert_receive {:running, _, one, _}, 5_000
-      assert_receive {:running, _, two, _}, 5_000
-      FakePeer.kill(bridge)
-      eventually(fn -> match?(%{state: :running, restarts: 1}, Bridge.get_status(bridge)) end)
-      %{bridge: bridge, one: one, two: two, task: task}
-    end
-
-    test "while a tool runs: its result is for the same call of the next peer alone", context do
-      monitor = Process.monitor(context.one)
-      send(context.one, :finish)
-      assert_receive {:DOWN, ^monitor, :process, _, :normal}, 5_000
-      # The call is with the next peer by then.
-      assert status(context.bridge, :pending) == 1
-      assert tool_frames(context.bridge) == []
-      for name <- ["on", "slow", "end"], do: go(context.bridge, name)
-      assert {:ok, results, _} = Task.await(context.task)
-      assert %{"1" => %{"result" => "fast"}, "2" => %{"result" => "slow"}} = results
-      refute_received {:running, _, _, _}
-    end
-  end
-
   describe "a tool with repeat: false" do
     setup do
       test = self()
@@ -349,37 +307,6 @@ defmodule DSPex.PythonBridge.Tools.ToolsTest do
       send(pid, :finish)
       go(bridge, "on")
       assert {:ok, %{"1" => %{"result" => "refunded"}}, _} = Task.await(task)
-    end
-  end
-
-  describe "an end that waits" do
-    setup do
-      bridge = start(env: %{"DSPY_BRIDGE_DRAIN_MS" => "20000"})
-      test = self()
-
-      tool = fn _ ->
-        send(test, {:running, self()})
-        receive do: (:finish -> "late")
-      end
-
-      play = [["tool", 1, "t", %{}], ["result", 1], ["count", 1], ["reply"]]
-      opts = [tools: %{t: tool}, on_chunk: &send(test, {:chunk, &1})]
-      task = async(bridge, play, opts)
-      assert_receive {:running, pid}, 5_000
-      %{bridge: bridge, task: task, tool: pid}
-    end
-
-    test "a restart while a tool runs: the old peer gets its result, and its chunks are delivered",
-         %{bridge: bridge, task: task, tool: tool} do
-      old = FakePeer.of(bridge)
-      assert Bridge.restart(bridge) == :ok
-      assert status(bridge, :restarts) == 1
-      send(tool, :finish)
-      assert {:ok, %{"1" => %{"result" => "late"}}, _} = Task.await(task)
-      assert_received {:chunk, %{"chunk" => "0"}}
-      assert tool_frames(bridge) == []
-      assert %{late_replies: 0, pending: 0} = Bridge.get_status(bridge)
-      eventually(fn -> not Process.alive?(old) end)
     end
   end
 end
