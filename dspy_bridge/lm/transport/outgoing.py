@@ -28,7 +28,7 @@ from dspy_bridge import tracing
 from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall, Target
-from dspy_bridge.lm.rate_limits import INFINITE, Gate, Ticket
+from dspy_bridge.lm.rate_limits import INFINITE, Lane, Ticket
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
@@ -64,16 +64,16 @@ async def admitted() -> AsyncIterator[None]:
         yield
         return
     call.run.request()
-    ticket, gate = None, call.target.lane.gate
-    if gate.watched:
-        ticket = Ticket(call.target.lane, call.run.deadline)
+    ticket, lane = None, call.target.lane
+    if lane.watched:
+        ticket = Ticket(call.run.deadline)
         call.begin_wait()
-        _change(gate, gate.enter, ticket)
+        _change(lane, lane.enter, ticket)
         try:
             await asyncio.wrap_future(ticket.gone)
         except BaseException as error:
             # Cancelled on another loop it may have its place by now.
-            _change(gate, gate.leave, ticket)
+            _change(lane, lane.leave, ticket)
             call.run.not_sent()
             if isinstance(error, Overloaded):
                 raise call.run.overloaded(str(error)) from None
@@ -84,40 +84,39 @@ async def admitted() -> AsyncIterator[None]:
         yield
     finally:
         if ticket is not None:
-            _change(gate, gate.leave, ticket)
+            _change(lane, lane.leave, ticket)
 
 
 def spend(target: Target, tokens: int) -> None:
     """Count the tokens of an answer. From any thread."""
-    gate = target.lane.gate
-    if gate.watched:
-        _change(gate, gate.spend, tokens, target.lane)
+    if target.lane.watched:
+        _change(target.lane, target.lane.spend, tokens)
 
 
-# The timers of gates where requests wait.
-_timers: dict[Gate, asyncio.TimerHandle] = {}
+# The timers of lanes where requests wait.
+_timers: dict[Lane, asyncio.TimerHandle] = {}
 
 
-def _change(gate: Gate, change: Callable[..., None], *args: Any) -> None:
+def _change(lane: Lane, change: Callable[..., None], *args: Any) -> None:
     def changed() -> None:
         change(*args)
-        _advance(gate)
+        _advance(lane)
 
     lm_call.call_on_main_loop(changed)
 
 
-def _advance(gate: Gate) -> None:
-    if (timer := _timers.pop(gate, None)) is not None:
+def _advance(lane: Lane) -> None:
+    if (timer := _timers.pop(lane, None)) is not None:
         timer.cancel()
-    seconds = gate.advance()
+    seconds = lane.advance()
     if seconds != INFINITE:
         # Its context must not keep the run that happened to start the timer.
         later = asyncio.get_running_loop().call_later
-        _timers[gate] = later(seconds, functools.partial(_advance, gate), context=contextvars.Context())
+        _timers[lane] = later(seconds, functools.partial(_advance, lane), context=contextvars.Context())
 
 
 def _refused(call: LMCall, target: Target, retry_after: str) -> None:
-    """A server has refused a request: let all of the account wait for as long as it asks for.
+    """A server has refused a request: let all of its lane wait for as long as it asks for.
 
     Raises `LMOverloaded` if DSPy would wait past the deadline of this one.
     """
@@ -126,7 +125,7 @@ def _refused(call: LMCall, target: Target, retry_after: str) -> None:
     seconds = _seconds(retry_after)
     if not 0 < seconds < INFINITE:
         return
-    _change(target.lane.gate, target.lane.gate.pause, seconds)
+    _change(target.lane, target.lane.pause, seconds)
     if target.retries and call.run.deadline is not None:
         left = call.run.deadline - time.monotonic()
         if seconds > left:
