@@ -144,30 +144,17 @@ def _seconds(retry_after: str) -> float:
             return 0.0
 
 
-class Answer:
-    """An answer, of which each piece is counted. Redirects and what is too long raise `LMAnswerRefused`."""
+def check(status: int, header: Callable[[str], str | None], *, private: bool = True) -> None:
+    """The head of an answer: lets the account wait if its server asks for it. Raises `LMAnswerRefused` for a redirect.
 
-    def __init__(self, status: int, header: Callable[[str], str | None], *, private: bool = True) -> None:
-        """`private`: a redirect would take a prompt or a key to another server."""
-        call = lm_call.current.get()
-        self._left = most
-        self._streamed: LMCall | None = None
-        if call is not None and call.target is not None:
-            if status in _REFUSALS:
-                _refused(call, call.target, header("retry-after") or "")
-            if (header("content-type") or "").startswith("text/event-stream"):
-                self._streamed = call
-        if private and 300 <= status < 400:
-            to = urlsplit(header("location") or "").hostname or "another path"
-            raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
-
-    def piece(self, piece: bytes) -> bytes:
-        if self._streamed is not None:
-            self._streamed.chunk()
-        self._left -= len(piece)
-        if self._left < 0:
-            raise LMAnswerRefused(f"the answer is longer than DSPY_BRIDGE_MAX_LM_BYTES allows: {most} bytes")
-        return piece
+    `private`: a redirect would take a prompt or a key to another server.
+    """
+    call = lm_call.current.get()
+    if call is not None and call.target is not None and status in _REFUSALS:
+        _refused(call, call.target, header("retry-after") or "")
+    if private and 300 <= status < 400:
+        to = urlsplit(header("location") or "").hostname or "another path"
+        raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
 
 
 async def connect(attempt: Callable[[float | None], Awaitable[T]], target: Target | None, url: str) -> T:
@@ -213,12 +200,21 @@ async def _send(transport: Any, request: Any) -> AsyncIterator[Any]:
             return await stack.enter_async_context(dspy_internals.TRANSPORT.value(transport, timed))
 
         response = await connect(attempt, lm_call.target(), request.url)
-        answer = Answer(response.status, response.header)
+        check(response.status, response.header)
+        streamed = (response.header("content-type") or "").startswith("text/event-stream")
+        call = lm_call.current.get() if streamed else None
 
         async def chunks() -> AsyncIterator[bytes]:
+            left = most
             async with aclosing(aiter(response)) as pieces:
                 async for piece in pieces:
-                    yield answer.piece(piece)
+                    if call is not None:
+                        call.chunk()
+                    left -= len(piece)
+                    if left < 0:
+                        text = f"the answer is longer than DSPY_BRIDGE_MAX_LM_BYTES allows: {most} bytes"
+                        raise LMAnswerRefused(text)
+                    yield piece
 
         yield type(response)(
             status=response.status,
