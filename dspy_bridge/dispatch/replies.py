@@ -115,11 +115,10 @@ class ReplyEncoder:
     def _fitting(self, meta: dict[str, Any] | None, encode: Callable[[dict[str, Any] | None], bytes]) -> bytes:
         """A payload with meta; if it is too long, with its lists of LM calls left out, the longest first."""
         payload = encode(meta)
-        if meta is not None and len(payload) > self._max_bytes and meta.get("history"):
-            meta = {**meta, "history": [{"omitted": meta["lm_calls"]}]}
-            payload = encode(meta)
-        if meta is not None and len(payload) > self._max_bytes and meta.get("lm_events"):
-            payload = encode({**meta, "lm_events": []})
+        for name in ("history", "lm_events"):
+            if meta is not None and len(payload) > self._max_bytes and meta.get(name):
+                meta = {**meta, name: [{"omitted": meta["lm_calls"]}] if name == "history" else []}
+                payload = encode(meta)
         return payload
 
 
