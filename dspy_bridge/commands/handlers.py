@@ -45,8 +45,7 @@ class Commands:
         self._registry = Registry()
         self._threads = WorkerThreads()
         self._loader = ProgramLoader(settings, self._threads)
-        # Those of optimizers, and how many programs are being optimized.
-        self._optimizers = WorkerThreads()
+        # How many programs are being optimized.
         self._optimizing = 0
         self.dispatcher = Dispatcher(
             self.table(),
@@ -107,15 +106,13 @@ class Commands:
         import psutil
 
         memory = psutil.Process().memory_info()
-        threads, optimizers = self._threads.counts(), self._optimizers.counts()
-        threads.update((name, threads[name] + optimizers[name]) for name in ("running", "abandoned"))
         return {
             "programs_count": len(self._registry.answered()),
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self.dispatcher.counts(),
             **self._loader.lm_stats(),
-            "threads": threads,
+            "threads": self._threads.counts(),
             "pid": os.getpid(),
             "versions": _versions(),
         }
@@ -174,7 +171,7 @@ class Commands:
         try:
             # Optimizers change the program that they are given.
             program = await self._loader.build(entry.definition)
-            return await optimization.run(given, program, args, call, self._optimizers)
+            return await optimization.run(given, program, args, call, self._threads)
         finally:
             self._optimizing -= 1
 
