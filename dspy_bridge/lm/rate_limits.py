@@ -52,50 +52,35 @@ class Bucket:
         self._full_at = max(self._full_at, now) + amount / self._per_second
 
 
-class Ticket:
-    """A request, from its wait to the end of its answer. `gone`: done when it may go, or is refused."""
-
-    def __init__(self, deadline: float | None) -> None:
-        """`deadline`: in seconds of the lane's clock; None for none."""
-        self.deadline = deadline
-        self.gone: Future[None] = Future()
-        self.running = False
-
-    def settle(self, refusal: Overloaded | None = None) -> None:
-        if self.gone.set_running_or_notify_cancel():
-            self.gone.set_result(None) if refusal is None else self.gone.set_exception(refusal)
-
-
 class Lane:
     """The requests to one server with one key and the same limits. After each change `advance` must be called.
 
-    `watched`: whether requests need a ticket; else nothing limits them.
+    Each has a future, from its wait to the end of its answer, which is done when it may go, or is refused.
+    `watched`: whether requests have to `enter`; else nothing limits them.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.clock = clock
         self.watched = limits != Limits()
-        self.in_flight = 0
-        self._waiting: OrderedDict[Ticket, None] = OrderedDict()
+        self.running: set[Future[None]] = set()
+        # With their deadlines, in seconds of the clock; None for none.
+        self._waiting: OrderedDict[Future[None], float | None] = OrderedDict()
         self._paused_until = 0.0
         self._requests = None if limits.requests_per_minute is None else Bucket(limits.requests_per_minute)
         self._tokens = None if limits.tokens_per_minute is None else Bucket(limits.tokens_per_minute)
 
-    def enter(self, ticket: Ticket) -> None:
+    def enter(self, request: Future[None], deadline: float | None) -> None:
         """Take a place at the end, unless the wait would go past the deadline."""
-        if (refusal := self._refusal(ticket, len(self._waiting))) is not None:
-            ticket.settle(refusal)
+        if (refusal := self._refusal(deadline, len(self._waiting))) is not None:
+            _settle(request, refusal)
         else:
-            self._waiting[ticket] = None
+            self._waiting[request] = deadline
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, request: Future[None]) -> None:
         """Give a place back, waiting or in flight. May be called again."""
-        if ticket.running:
-            ticket.running = False
-            self.in_flight -= 1
-        else:
-            self._waiting.pop(ticket, None)
+        self.running.discard(request)
+        self._waiting.pop(request, None)
 
     def pause(self, seconds: float) -> None:
         """Send nothing for `seconds`, as the server asked."""
@@ -113,23 +98,22 @@ class Lane:
         Returns after how many seconds the next one may go, unless something changes before.
         """
         while self._waiting:
-            ticket = next(iter(self._waiting))
-            refusal = self._refusal(ticket, 0)
+            request, deadline = next(iter(self._waiting.items()))
+            refusal = self._refusal(deadline, 0)
             if refusal is None:
                 if self.is_full():
                     break
                 if (seconds := self.wait(0)[0]) > 0:
                     return seconds
-                ticket.running = True
-                self.in_flight += 1
+                self.running.add(request)
                 if self._requests is not None:
                     self._requests.take(1, self.clock())
-            del self._waiting[ticket]
-            ticket.settle(refusal)
+            del self._waiting[request]
+            _settle(request, refusal)
         return INFINITE
 
     def is_full(self) -> bool:
-        return self.limits.max_in_flight is not None and self.in_flight >= self.limits.max_in_flight
+        return self.limits.max_in_flight is not None and len(self.running) >= self.limits.max_in_flight
 
     def wait(self, ahead: int) -> tuple[float, str]:
         """Seconds that a request with so many before it waits at least, and what for.
@@ -146,16 +130,21 @@ class Lane:
             waits.append((self._tokens.wait(1, now), text))
         return max(waits)
 
-    def _refusal(self, ticket: Ticket, ahead: int) -> Overloaded | None:
-        if ticket.deadline is None:
+    def _refusal(self, deadline: float | None, ahead: int) -> Overloaded | None:
+        if deadline is None:
             return None
         seconds, limit = self.wait(ahead)
-        left = max(0.0, ticket.deadline - self.clock())
+        left = max(0.0, deadline - self.clock())
         if seconds <= left:
             return None
         return Overloaded(
             f"the LM's next request would have to wait {seconds:.1f} s for {limit}; {left:.1f} s are left"
         )
+
+
+def _settle(request: Future[None], refusal: Overloaded | None) -> None:
+    if request.set_running_or_notify_cancel():
+        request.set_result(None) if refusal is None else request.set_exception(refusal)
 
 
 _lock = Lock()

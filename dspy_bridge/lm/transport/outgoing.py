@@ -17,8 +17,8 @@ import dataclasses
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -28,7 +28,7 @@ from dspy_bridge import tracing
 from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall, Target
-from dspy_bridge.lm.rate_limits import INFINITE, Lane, Ticket
+from dspy_bridge.lm.rate_limits import INFINITE, Lane
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
@@ -64,16 +64,17 @@ async def admitted() -> AsyncIterator[None]:
         yield
         return
     call.run.request()
-    ticket, lane = None, call.target.lane
+    request: Future[None] | None = None
+    lane = call.target.lane
     if lane.watched:
-        ticket = Ticket(call.run.deadline)
+        request = Future()
         call.begin_wait()
-        _change(lane, lane.enter, ticket)
+        _change(lane, lane.enter, request, call.run.deadline)
         try:
-            await asyncio.wrap_future(ticket.gone)
+            await asyncio.wrap_future(request)
         except BaseException as error:
             # Cancelled on another loop it may have its place by now.
-            _change(lane, lane.leave, ticket)
+            _change(lane, lane.leave, request)
             call.run.not_sent()
             if isinstance(error, Overloaded):
                 raise call.run.overloaded(str(error)) from None
@@ -83,8 +84,8 @@ async def admitted() -> AsyncIterator[None]:
     try:
         yield
     finally:
-        if ticket is not None:
-            _change(lane, lane.leave, ticket)
+        if request is not None:
+            _change(lane, lane.leave, request)
 
 
 def spend(target: Target, tokens: int) -> None:
@@ -122,7 +123,10 @@ def _refused(call: LMCall, target: Target, retry_after: str) -> None:
     """
     # Until the next attempt, for which DSPy waits.
     call.begin_wait()
-    seconds = _seconds(retry_after)
+    try:
+        seconds = float(retry_after)
+    except ValueError:  # none, or a date, which no server of an LM sends
+        return
     if not 0 < seconds < INFINITE:
         return
     _change(target.lane, target.lane.pause, seconds)
@@ -131,17 +135,6 @@ def _refused(call: LMCall, target: Target, retry_after: str) -> None:
         if seconds > left:
             text = f"the LM's server refused a request for {seconds:.1f} s; {max(0.0, left):.1f} s are left"
             raise call.run.overloaded(text)
-
-
-def _seconds(retry_after: str) -> float:
-    """Of a Retry-After header: a number, or a date; 0 if it is neither."""
-    try:
-        return float(retry_after)
-    except ValueError:
-        try:
-            return parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
 
 
 def check(status: int, header: Callable[[str], str | None], *, private: bool = True) -> None:
