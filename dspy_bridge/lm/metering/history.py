@@ -12,7 +12,6 @@ from typing import Any
 
 import jiter
 
-from dspy_bridge.dispatch import replies
 from dspy_bridge.logs import redaction
 from dspy_bridge.wire.json_values import encode_value
 
@@ -111,9 +110,3 @@ class _Shown:
 
 def _without_data(text: str) -> str:
     return _DATA.sub(lambda found: f"…({len(found[0])} characters)", text)
-
-
-def shown_error(error: BaseException) -> str:
-    """An exception in one line, without secrets."""
-    text = replies.one_line(f"{type(error).__name__}: {error}", 10 * replies.MAX_ERROR_CHARS)
-    return replies.one_line(redaction.redact(text))
