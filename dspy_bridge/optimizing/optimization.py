@@ -17,7 +17,7 @@ from dspy_bridge.lm.offline import offline_lm
 from dspy_bridge.optimizing import optimizers
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.run import Run
-from dspy_bridge.optimizing.student import Student, Watch
+from dspy_bridge.optimizing.student import Student, Watch, tolerant
 from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs, worker_threads
 from dspy_bridge.runtime.worker_threads import WorkerThreads
@@ -106,6 +106,7 @@ class _Job:
             trace=deque(maxlen=0),
             max_errors=_MANY,
             callbacks=callbacks,
+            adapter=tolerant(dspy.settings.adapter or dspy.ChatAdapter()),
         ):
             metric = self._student.metric(given.optimizer, candidates)
             try:

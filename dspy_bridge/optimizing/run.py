@@ -8,7 +8,6 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, InvalidStateError
-from contextvars import ContextVar
 from typing import Any
 
 import dspy
@@ -22,9 +21,6 @@ from dspy_bridge.runtime import large_inputs, worker_threads
 
 # So many calls of LMs that fail in a row end the run: DSPy would go on for hours with scores of 0.
 _MOST_FAILURES = 10
-
-# Whether a run of the program is under way in this context, and not the optimizer's own code.
-of_program: ContextVar[bool] = ContextVar("of_program", default=False)
 
 
 class Ended(BaseException):
@@ -60,15 +56,6 @@ class Run(lm_call.RunContext):
         # The roles whose LM has answered.
         self._answered: set[str] = set()
         self._large = False
-
-    @property
-    def refuses_cut_off(self) -> bool:
-        """Not of proposals for an optimizer: DSPy takes them as they are, and the metric judges them."""
-        return self._refuses_cut_off and of_program.get()
-
-    @refuses_cut_off.setter
-    def refuses_cut_off(self, refuses: bool) -> None:
-        self._refuses_cut_off = refuses
 
     # From any thread.
 

@@ -1,8 +1,10 @@
-"""What DSPy's optimizers are given: the program and its metric, in threads, and callbacks. Imports DSPy."""
+"""What DSPy's optimizers are given: the program and its metric, in threads, callbacks, an adapter. Imports DSPy."""
 
 from __future__ import annotations
 
+import copy
 import functools
+from contextvars import ContextVar
 from typing import Any
 
 import dspy
@@ -11,6 +13,7 @@ from dspy.utils.callback import BaseCallback
 from dspy_bridge.errors import BridgeError, InvalidArgs, OutputInvalid, Overloaded, hits_all
 from dspy_bridge.lm import dspy_errors, dspy_internals
 from dspy_bridge.lm.event_loop_lm import LoopLM
+from dspy_bridge.lm.metering import endings
 from dspy_bridge.lm.offline.offline_lm import OfflineLM
 from dspy_bridge.optimizing import run as runs
 from dspy_bridge.optimizing.candidates import Candidates
@@ -20,6 +23,9 @@ from dspy_bridge.runtime import worker_threads
 
 # A run of the program that fails so counts with the score 0, as in an evaluation. Others end the optimization.
 _COUNTED = ("lm_error", "output_invalid", "timeout", "tool_error")
+
+# Whether a run of the program is under way in this context, and not the optimizer's own code.
+_running: ContextVar[bool] = ContextVar("running", default=False)
 
 
 class Student:
@@ -94,7 +100,7 @@ class Student:
         """`call` the module, a copy of the program's."""
         with self._run.entered():
             self._run.here.program = module
-            outer = runs.of_program.set(True)
+            outer = _running.set(True)
             try:
                 result = call()
             except Exception as error:
@@ -103,7 +109,7 @@ class Student:
                 self._run.end(ends)
                 raise runs.Ended from error
             finally:
-                runs.of_program.reset(outer)
+                _running.reset(outer)
             self._succeeded = True
             return result
 
@@ -139,7 +145,10 @@ def _student_of(kind: Any) -> Any:
                 return super().forward(*args, **values)
             return run.student.program.runner.forward(kind, self, values)
 
-    made: Any = Optimized
+    return _named_as(kind, Optimized)
+
+
+def _named_as(kind: Any, made: Any) -> Any:
     for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(made, attribute, getattr(kind, attribute))
     return made
@@ -166,7 +175,7 @@ class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         # Of other LMs `transport` sees each request, so that a call that the cache answers costs nothing.
         if not isinstance(instance, LoopLM) or isinstance(instance, OfflineLM) or not dspy_internals.TRANSPORT.there:
             self._run.request()
-        self._roles[call_id] = getattr(instance, "role", "" if runs.of_program.get() else self._own_role)
+        self._roles[call_id] = getattr(instance, "role", "" if _running.get() else self._own_role)
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         role = self._roles.pop(call_id, "")
@@ -194,3 +203,44 @@ class Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         if exception is None:
             scores = [float(getattr(score, "score", score)) for _, _, score in outputs.results]
             self._candidates.end_evaluation(program, scores, whole)
+
+
+def tolerant(adapter: dspy.Adapter) -> dspy.Adapter:
+    """A copy of the adapter for an optimization: an answer that cannot be used fails its candidate alone.
+
+    SIMBA and GEPA go on without the candidate. COPRO and MIPROv2 would raise, so they get the instruction as it was.
+    """
+    made: Any = copy.copy(adapter)
+    made.__class__ = _tolerant_of(made.__class__)
+    return made
+
+
+@functools.cache
+def _tolerant_of(kind: Any) -> Any:
+    class Tolerant(kind):  # type: ignore[misc]
+        def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> Any:
+            kept = None if _running.get() else _kept(signature, inputs)
+            token = endings.keeping_whole.set(endings.keeping_whole.get() or kept is not None)
+            try:
+                return super().__call__(lm, lm_kwargs, signature, demos, inputs)
+            except Exception as error:
+                if kept is not None and isinstance(dspy_errors.translate(error, []), OutputInvalid):
+                    return [kept]
+                raise
+            finally:
+                endings.keeping_whole.reset(token)
+
+    return _named_as(kind, Tolerant)
+
+
+def _kept(signature: Any, inputs: dict[str, Any]) -> dict[str, str] | None:
+    """The outputs of one who proposes what there is; None if it is not asked for a proposal."""
+    # COPRO's earlier candidates with their scores, the best one last.
+    attempted = [line.partition(": ") for line in inputs.get("attempted_instructions", ())]
+    texts = {kind.partition(" #")[0]: text for kind, _, text in attempted}
+    values = {
+        "proposed_instruction": inputs.get("basic_instruction", texts.get("Instruction")),
+        "proposed_prefix_for_output_field": texts.get("Prefix", ""),
+    }
+    asked = signature.output_fields.keys() <= values.keys() and values["proposed_instruction"] is not None
+    return {name: values[name] for name in signature.output_fields} if asked else None

@@ -6,6 +6,7 @@ which neither callbacks nor outputs have.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import dspy
@@ -20,6 +21,10 @@ ALLOW_TRUNCATED = "allow_truncated"
 
 class CutOff(OutputInvalid, dspy.LMError):  # type: ignore[misc]  # DSPy ships no types
     """An answer was cut off. An error of the LM for DSPy, whose adapters ask again after other ones."""
+
+
+# Whether the other answers to such a call are kept: to calls that an optimizer makes itself, which ask for many.
+keeping_whole: ContextVar[bool] = ContextVar("keeping_whole", default=False)
 
 
 def take_allowed(config: dict[str, Any] | None) -> tuple[dict[str, Any], bool | None]:
@@ -48,7 +53,10 @@ def _ended(lm: Any, entry: dict[str, Any]) -> None:
         free, cost = call.cached or getattr(lm, "costs_nothing", False), entry["cost"]
         call.cost = 0.0 if free else float(cost) if isinstance(cost, (int, float)) else None
     if "length" in reasons and run.refuses_cut_off:
-        _refuse({**lm.kwargs, **entry["kwargs"]}, getattr(entry.get("request"), "config", None))
+        whole = [output for output, reason in zip(outputs, reasons, strict=False) if reason != "length"]
+        if not whole or not keeping_whole.get():
+            _refuse({**lm.kwargs, **entry["kwargs"]}, getattr(entry.get("request"), "config", None))
+        outputs[:] = whole
 
 
 # DSPy calls it for each answer, unless history is off; it would keep 10,000 prompts.

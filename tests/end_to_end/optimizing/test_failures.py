@@ -1,7 +1,8 @@
-"""What ends an optimization with an error, soon: a metric that fails, an LM that refuses or is gone."""
+"""What ends an optimization with an error, soon: a metric that fails, an LM that refuses, is gone or is cut off."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -148,18 +149,34 @@ def asking(desk: Desk, optimizer: str, role: str) -> dict[str, Any]:
     return {"num_threads": THREADS, **more, role: {"model": "openai/other", **desk.server.options(max_tokens=77)}}
 
 
-def cut_off(request: dict[str, Any]) -> Answer:
-    """Only the answers of the role's LM."""
-    given = lm_answer(request)
-    return Ended(str(given)) if request["model"] == "other" else given
+def cutting(which: Callable[[int], bool]) -> Callable[[dict[str, Any]], Answer]:
+    """Of the answers of the role's LM, those with these numbers are cut off."""
+    count = itertools.count()
+
+    def answer(request: dict[str, Any]) -> Answer:
+        given = lm_answer(request)
+        if request["model"] != "other" or not which(next(count)):
+            return given
+        return Ended(str(given)[:9])
+
+    return answer
 
 
 @pytest.mark.parametrize(("optimizer", "role"), ROLES)
-def test_proposals_that_are_cut_off(desk: Desk, optimizer: str, role: str) -> None:
-    """They are taken as they are: the metric judges them."""
-    desk.serve(cut_off)
+def test_one_answer_that_is_cut_off(desk: Desk, optimizer: str, role: str) -> None:
+    """It fails its candidate, not the run, nor the other answers to the same call."""
+    desk.serve(cutting(lambda n: n == 1))
     reply = desk.run(optimizer, **asking(desk, optimizer, role))
     assert reply["success"] and reply["result"]["score"] > reply["result"]["baseline"], reply
+
+
+@pytest.mark.parametrize(("optimizer", "role"), ROLES)
+def test_answers_that_are_all_cut_off(desk: Desk, optimizer: str, role: str) -> None:
+    """The LM's role and its limit are named."""
+    desk.serve(cutting(lambda _: True))
+    reply = desk.run(optimizer, **asking(desk, optimizer, role))
+    text = f"optimize.{role}: the LM's answer was cut off at max_tokens (77)"
+    assert reply.get("error_type") == "output_invalid" and reply["error"].startswith(text), reply
 
 
 def test_a_budget_that_ends_before_any_answer(desk: Desk) -> None:
