@@ -72,17 +72,11 @@ class InvalidArgs(BridgeError):
 
 
 class UnknownCommand(BridgeError):
-    """No such command. `known`: those that there are."""
-
     error_type = "unknown_command"
     exact = True
 
-    def __init__(self, name: str, known: Iterable[str] = ()) -> None:
-        known = list(known)
-        # `execute`, say, is not near `execute_program`.
-        parts = [one for one in known if name in one.split("_")]
-        meant = parts[0] if len(parts) == 1 else nearest(name, known)
-        super().__init__(f"Unknown command: {_named(name)}" + (f"; did you mean {meant}?" if meant else ""))
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Unknown command: {_named(name)}")
 
 
 class FrameTooLarge(BridgeError):

@@ -45,8 +45,7 @@ class Commands:
         self._registry = Registry()
         self._threads = WorkerThreads()
         self._loader = ProgramLoader(settings, self._threads)
-        # Those of optimizers, and how many programs are being optimized.
-        self._optimizers = WorkerThreads()
+        # How many programs are being optimized.
         self._optimizing = 0
         self.dispatcher = Dispatcher(
             self.table(),
@@ -71,12 +70,12 @@ class Commands:
         """`{"program_id", "status": "created"}`, once the program is loaded; at once, if it is lazy."""
         if args.get("lazy") is True:
             arguments.check(args, arguments.LAZY)
-            if self._registry.add_lazy(args["id"], args):
-                self._loader.removed(1)
+            self._registry.add_lazy(args["id"], args)
             return {"program_id": args["id"], "status": "created"}
         arguments.check_create(args)
         entry = self._registry.add(args["id"], args)
-        call.on_reply = lambda created: self._settle(entry, created)
+        settle = {True: self._registry.confirm, False: self._registry.discard}
+        call.on_reply = lambda created: settle[created](entry)
         return self._create(entry)
 
     def execute_program(self, args: dict[str, Any], call: Call) -> Coroutine[Any, Any, dict[str, Any]]:
@@ -109,15 +108,13 @@ class Commands:
         import psutil
 
         memory = psutil.Process().memory_info()
-        threads, optimizers = self._threads.counts(), self._optimizers.counts()
-        threads.update((name, threads[name] + optimizers[name]) for name in ("running", "abandoned"))
         return {
             "programs_count": len(self._registry.answered()),
             "memory_usage": {"rss": memory.rss, "vms": memory.vms},
             "uptime": time.monotonic() - self._started,
             **self.dispatcher.counts(),
             **self._loader.lm_stats(),
-            "threads": threads,
+            "threads": self._threads.counts(),
             "pid": os.getpid(),
             "versions": _versions(),
         }
@@ -127,15 +124,7 @@ class Commands:
         # With `program_ids` misspelt, all would be removed.
         refuse_unknown(args, arguments.CLEANUP)
         arguments.check(args, arguments.CLEANUP)
-        count = self._registry.remove(args.get("program_ids"))
-        self._loader.removed(count)
-        return {"status": "cleaned", "programs_removed": count}
-
-    def _settle(self, entry: Entry, created: bool) -> None:
-        if not created:
-            self._registry.discard(entry)
-        elif self._registry.confirm(entry):
-            self._loader.removed(1)
+        return {"status": "cleaned", "programs_removed": self._registry.remove(args.get("program_ids"))}
 
     async def _create(self, entry: Entry) -> dict[str, Any]:
         await self._loader.load(entry)
@@ -199,10 +188,9 @@ class Commands:
         try:
             # Optimizers change the program that they are given.
             program = await self._loader.build(entry.definition)
-            return await optimization.run(given, program, args, call, self._optimizers)
+            return await optimization.run(given, program, args, call, self._threads)
         finally:
             self._optimizing -= 1
-            self._loader.removed(1)
 
     async def _with_states(self, listed: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
         """Loads lazy programs. States are dumped in a thread: they may be large, and user code may dump them.

@@ -24,41 +24,10 @@ if TYPE_CHECKING:
     from dspy_bridge.runtime.worker_threads import WorkerThreads
     from dspy_bridge.settings import Settings
 
-# The cause of a failed set-up may be temporary. Until the next attempt, requests get the last failure.
-_RETRY_SECONDS = 1.0
-# The same of a lazy program whose load failed: loading may take long, and most failures are not temporary.
+# A lazy program whose load failed is loaded again after so long: it may take long, and most failures are not temporary;
+# that of DSPy's set-up may be.
 _RELOAD_SECONDS = 60.0
-# Changes between two calls of `freeze`. A removed program is 15 KB: fewer are not worth a collection.
-EVERY = 256
-
-
-class GcFreezer:
-    """Keeps loaded programs out of full garbage collections, which visit every object and stop all threads.
-
-    With 10,000 programs one took 210 ms, and under load there was one every 1,500 runs: with 5,000 programs this saves
-    runs a sixth of their CPU. Frozen objects are not visited, but not collected either, so garbage is collected before:
-    4 ms for 256 programs. A removed program is a reference cycle, as its class is one; so after enough removals
-    everything is unfrozen first. When due, call `freeze`, on a thread that nobody waits for.
-    """
-
-    def __init__(self) -> None:
-        # Threads may lose a count to each other.
-        self._changes = 0
-        self._removed = False
-
-    def changed(self, count: int, removed: bool) -> bool:
-        """Count loaded programs, or removed ones. Returns whether `freeze` is due."""
-        self._changes += count
-        self._removed = self._removed or removed
-        return self._changes >= EVERY
-
-    def freeze(self) -> None:
-        """Collect garbage, that of removed programs too, and freeze all other objects."""
-        removed, self._changes, self._removed = self._removed, 0, False
-        if removed:
-            gc.unfreeze()
-        gc.collect()
-        gc.freeze()
+_SETUP_SECONDS = 1.0
 
 
 class ProgramLoader:
@@ -69,9 +38,6 @@ class ProgramLoader:
         self._settings = settings
         self._threads = threads
         self._lms: LMs | None = None
-        # The last failure, and when that was.
-        self._setup_failed: tuple[str, float] | None = None
-        self._gc = GcFreezer()
 
     async def load(self, entry: Entry) -> Program:
         """The program of an entry, loaded once for all that need it. Raises `LoadFailed` for a lazy one."""
@@ -95,7 +61,7 @@ class ProgramLoader:
                 raise
             entry.loading = None
             entry.failure = replies.describe(error)
-            seconds = _RETRY_SECONDS if isinstance(error, SetupFailed) else _RELOAD_SECONDS
+            seconds = _SETUP_SECONDS if isinstance(error, SetupFailed) else _RELOAD_SECONDS
             entry.reload_at = time.monotonic() + seconds
             raise LoadFailed(entry.id, entry.failure) from None
         entry.loaded, entry.failure = True, None
@@ -119,11 +85,6 @@ class ProgramLoader:
 
         return {"lm_waiting": lm_call.waiting(), "degraded": sorted(dspy_internals.degraded)}
 
-    def removed(self, count: int) -> None:
-        """So many programs have been removed: their memory can be collected. From any thread."""
-        if self._gc.changed(count, removed=True) and self._lms is not None:
-            self._thread.submit(self._gc.freeze)
-
     @functools.cached_property
     def _thread(self) -> DaemonThreads:
         from dspy_bridge.runtime.daemon_threads import DaemonThreads
@@ -144,22 +105,14 @@ class ProgramLoader:
 
         if definition.get("lazy"):
             arguments.check_create(definition)
-        program = Program(definition, self._lms, self._threads)
-        if self._gc.changed(1, removed=False):
-            self._gc.freeze()
-        return program
+        return Program(definition, self._lms, self._threads)
 
     def _load_dspy(self) -> LMs:
-        if self._setup_failed is not None and time.monotonic() < self._setup_failed[1] + _RETRY_SECONDS:
-            raise SetupFailed(self._setup_failed[0])
         try:
-            lms = _import()(self._settings)
+            return _import()(self._settings)
         except BaseException as error:  # user code and DSPy's own may raise anything
             why = str(error) if isinstance(error, SetupFailed) else f"DSPy cannot be set up: {error}"
-            why = f"{why}; the peer's log has the traceback under {logs.exception(error)}"
-            self._setup_failed = why, time.monotonic()
-            raise SetupFailed(why) from None
-        return lms
+            raise SetupFailed(f"{why}; the peer's log has the traceback under {logs.exception(error)}") from None
 
 
 @functools.cache

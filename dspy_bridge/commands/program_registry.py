@@ -66,27 +66,24 @@ class Registry:
             self._entries[id] = (*self._entries.get(id, ()), entry)
             return entry
 
-    def add_lazy(self, id: str, definition: dict[str, Any]) -> bool:
-        """Define or redefine `id` for good, unchecked. Returns whether it replaced another."""
+    def add_lazy(self, id: str, definition: dict[str, Any]) -> None:
+        """Define or redefine `id` for good, unchecked."""
         with self._lock:
-            replaced = self._entries.pop(id, None) is not None
+            self._entries.pop(id, None)
             self._entries[id] = (Entry(id, definition, lazy=True),)
-            return replaced
 
     def get(self, id: str) -> Entry | None:
         """The latest entry of `id`, answered or not."""
         return self._entries.get(id, (None,))[-1]
 
-    def confirm(self, entry: Entry) -> bool:
-        """The creation of `entry` succeeded. Returns whether it replaced another."""
+    def confirm(self, entry: Entry) -> None:
+        """The creation of `entry` succeeded: what it replaces goes."""
         with self._lock:
             entry.answered = True
             entries = self._entries.get(entry.id, ())
-            if entry not in entries[1:]:
-                return False
-            del self._entries[entry.id]
-            self._entries[entry.id] = entries[entries.index(entry) :]
-            return True
+            if entry in entries[1:]:
+                del self._entries[entry.id]
+                self._entries[entry.id] = entries[entries.index(entry) :]
 
     def discard(self, entry: Entry) -> None:
         """The creation of `entry` failed or was cancelled: restore the earlier entry."""

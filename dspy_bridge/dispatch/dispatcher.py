@@ -145,7 +145,7 @@ class Dispatcher:
         handler = self._commands.get(call.request.command)
         try:
             if handler is None:
-                raise UnknownCommand(call.request.command, self._commands)
+                raise UnknownCommand(call.request.command)
             if call.request.command == "ping" and self._loop is not None and self._loop.blocked is not None:
                 # Only the loop's code knows when it returns: a monitor that pings is to replace this peer.
                 raise BridgeError(self._loop.blocked)

@@ -32,12 +32,7 @@ def describe(error: BaseException) -> dict[str, Any]:
     """`{"success": False, "error", "error_type"}`, of an exception."""
     if isinstance(error, BridgeError):
         text = str(error)
-        if not error.exact:
-            # The first ping would wait for its expressions.
-            from dspy_bridge.logs import redaction
-
-            text = one_line(redaction.redact(one_line(text, _MOST_REDACTED)))
-        return messages.failure(error.error_type, text, error.retryable)
+        return messages.failure(error.error_type, text if error.exact else redacted(text), error.retryable)
     # A defect, ours or of user code. Its text may hold contents, so it goes to the log alone.
     text = f"{type(error).__name__} in the peer; its log has the traceback under {logs.exception(error)}"
     return messages.failure("internal", text)
@@ -47,6 +42,14 @@ def one_line(text: str, most: int = MAX_ERROR_CHARS) -> str:
     """`text` without line breaks, cut to `most` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def redacted(text: str) -> str:
+    """`text` in one line, without secrets."""
+    # The first ping would wait for its expressions.
+    from dspy_bridge.logs import redaction
+
+    return one_line(redaction.redact(one_line(text, _MOST_REDACTED)))
 
 
 class CommandStats:
@@ -117,11 +120,10 @@ class ReplyEncoder:
     def _fitting(self, meta: dict[str, Any] | None, encode: Callable[[dict[str, Any] | None], bytes]) -> bytes:
         """A payload with meta; if it is too long, with its lists of LM calls left out, the longest first."""
         payload = encode(meta)
-        if meta is not None and len(payload) > self._max_bytes and meta.get("history"):
-            meta = {**meta, "history": [{"omitted": meta["lm_calls"]}]}
-            payload = encode(meta)
-        if meta is not None and len(payload) > self._max_bytes and meta.get("lm_events"):
-            payload = encode({**meta, "lm_events": []})
+        for name in ("history", "lm_events"):
+            if meta is not None and len(payload) > self._max_bytes and meta.get(name):
+                meta = {**meta, name: [{"omitted": meta["lm_calls"]}] if name == "history" else []}
+                payload = encode(meta)
         return payload
 
 

@@ -6,20 +6,16 @@ Neither question mentions JSON: an answer of the schema's form, or a function ca
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import Any, Literal
 
 import dspy
 import pydantic
 
-from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_setup, lm_options
 
 # For each question; a small model on a busy machine takes long to read even these.
 SECONDS = 60
-# A model that repeats itself must end.
-_MAX_TOKENS = 1000
 _GREETING = "Say hello."
 _WEATHER = "What is the weather in Paris now? Call the function."
 _FUNCTION = {
@@ -49,7 +45,7 @@ def ask(model: str, of_dspy: dict[str, Any], supports: frozenset[str] | None) ->
     `ms`: of its first answer; `response_schema`, `function_calling`: whether it honours them; `supports`: the option
     that says so, None if it is already known. Or `error` and `kind`, the error's class.
     """
-    lm = _make(model, of_dspy)
+    lm = dspy_setup.make_lm({"model": model, **of_dspy, "cache": False, "num_retries": 0})
     found: dict[str, Any] = {}
     try:
         schema = _call(lm, found, _GREETING, response_format=Mood)
@@ -60,20 +56,13 @@ def ask(model: str, of_dspy: dict[str, Any], supports: frozenset[str] | None) ->
         return {"kind": type(error).__name__, "error": str(error).strip().partition("\n")[0]}
     found["response_schema"] = _fits(schema)
     found["function_calling"] = isinstance(functions, dict) and bool(functions.get("tool_calls"))
-    known = _known(lm) if supports is None else supports
+    known = supports
+    if known is None:
+        known = frozenset(name for name in lm_options.CAPABILITIES if getattr(lm, f"supports_{name}"))
     # That one is not asked about.
     honoured = {name for name in lm_options.CAPABILITIES if found.get(name)} | known & {"reasoning"}
     wanted = [name for name in lm_options.CAPABILITIES if name in honoured] or ["none"]
     return {**found, "supports": None if honoured == known else wanted}
-
-
-def _make(model: str, of_dspy: dict[str, Any]) -> Any:
-    options = {"model": model, **of_dspy, "cache": False, "num_retries": 0}
-    limited = {"max_tokens", "max_completion_tokens"} & options.keys()
-    try:
-        return dspy_setup.make_lm({**options, **({} if limited else {"max_tokens": _MAX_TOKENS})})
-    except InvalidArgs:  # a reasoning model, which needs more
-        return dspy_setup.make_lm(options)
 
 
 def _call(lm: Any, found: dict[str, Any], question: str, *, must: bool = False, **options: Any) -> Any:
@@ -101,12 +90,6 @@ def _call(lm: Any, found: dict[str, Any], question: str, *, must: bool = False, 
 def _fits(answer: Any) -> bool:
     text = answer.get("text") if isinstance(answer, dict) else answer
     try:
-        Mood.model_validate(json.loads(text or ""))
-    except (TypeError, ValueError):
+        return Mood.model_validate_json(text or "") is not None
+    except ValueError:
         return False
-    return True
-
-
-def _known(lm: Any) -> frozenset[str]:
-    names = {name: getattr(lm, f"supports_{name}") for name in lm_options.CAPABILITIES}
-    return frozenset(name for name, known in names.items() if known)

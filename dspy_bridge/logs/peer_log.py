@@ -97,8 +97,8 @@ def _to_stderr(_level: str, _name: str, text: str, _traceparent: str | None) -> 
 
 # At debug level these log whole prompts and answers.
 _TALKATIVE = ("asyncio", "dspy", "httpcore", "httpx", "openai", "urllib3")
-# These log each call at info level, and add a handler of their own when they are imported, after `setup`.
-_OWN_HANDLERS = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
+# These log each call, what they say is in the error of the call, and their own handler would quote it.
+_SILENT = ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router")
 
 
 def setup(level: str, send: SendRecord | None) -> None:
@@ -113,17 +113,10 @@ def setup(level: str, send: SendRecord | None) -> None:
     handler.setLevel(level.upper())
     root.addHandler(handler)
     root.setLevel(level.upper())
-
-    def divert(record: logging.LogRecord) -> bool:
-        if record.levelno >= handler.level:
-            handler.handle(record)
-        return False
-
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(max(logging.INFO, root.level))
-    for name in _OWN_HANDLERS:
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
-        logging.getLogger(name).addFilter(divert)  # to our handler, and to no other
+    for name in _SILENT:
+        logging.getLogger(name).disabled = True
     logging.captureWarnings(True)
 
 

@@ -29,10 +29,6 @@ _MOST = 1000
 _kept: dict[str, None] = {}
 # All others, least recently used first.
 _known: OrderedDict[str, None] = OrderedDict()
-# Another object whenever a secret was added.
-_version = object()
-# The version, and all secrets of it, the longest first: one secret may contain another.
-_ordered: tuple[object, list[str]] = (None, [])
 
 
 def learn(options: object, *, for_good: bool = False) -> None:
@@ -84,14 +80,10 @@ def without_secrets(value: Any) -> Any:
 
 def redact(text: str) -> str:
     """`text` without the known secrets, and without what looks like one."""
-    global _ordered
-    ordered = _ordered
-    if ordered[0] is not (version := _version):
-        # Any thread may add one meanwhile: then this order is not of the latest version.
-        ordered = _ordered = (version, sorted((*_kept, *_known), key=len, reverse=True))
-    # A search for each takes 60 µs for a thousand keys in an error's text. One expression of all of them takes up to
-    # 300, 0.7 s instead of 25 ms in 200 KB, and 35 ms to compile for each new key.
-    for secret in ordered[1]:
+    # The longest first, as one secret may contain another. A search for each takes 60 µs for a thousand keys in an
+    # error's text. One expression of all of them takes up to 300, 0.7 s instead of 25 ms in 200 KB, and 35 ms to
+    # compile for each new key.
+    for secret in sorted((*_kept, *_known), key=len, reverse=True):
         if secret in text:
             text = text.replace(secret, MASK)
     return _LOOKS_SECRET.sub(MASK, _USER.sub(MASK, text))
@@ -99,7 +91,6 @@ def redact(text: str) -> str:
 
 def remember(found: Iterable[str], *, for_good: bool = False) -> None:
     """Remember secrets. Those of each call are remembered again, so that the ones in use are not forgotten."""
-    global _version
     for secret in found:
         if len(secret) < _SHORTEST:
             continue
@@ -113,4 +104,3 @@ def remember(found: Iterable[str], *, for_good: bool = False) -> None:
                 _known[secret] = None
             while len(_known) > _MOST:
                 _known.popitem(last=False)
-        _version = object()

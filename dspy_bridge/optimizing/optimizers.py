@@ -22,7 +22,7 @@ LM_ROLES = {"prompt_lm": "prompt_model", "teacher_lm": "teacher_settings", "refl
 MAX_SEED = 2**32 - 1
 
 
-class Budget(pydantic.BaseModel, strict=True):
+class Budget(pydantic.BaseModel, strict=True, extra="forbid"):
     """The limits of a run; None: none."""
 
     lm_calls: int | None = Field(default=None, ge=1)
@@ -30,7 +30,7 @@ class Budget(pydantic.BaseModel, strict=True):
     seconds: float | None = Field(default=None, gt=0, le=10**9)
 
 
-class Valset(pydantic.BaseModel, strict=True):
+class Valset(pydantic.BaseModel, strict=True, extra="forbid"):
     """What candidates are scored on. `expected`: one object for each of the inputs."""
 
     inputs: list[Any] = Field(min_length=1)
@@ -103,13 +103,7 @@ def read(value: object, trainset_size: int) -> Optimize:
     """
     if not isinstance(value, dict):
         raise InvalidArgs("optimize: expected an object with optimizer")
-    for part, model, where in (
-        (value, Optimize, "optimize"),
-        (value.get("valset"), Valset, "optimize.valset"),
-        (value.get("budget"), Budget, "optimize.budget"),
-    ):
-        if isinstance(part, dict):
-            refuse_unknown(part, model.model_fields, where)
+    refuse_unknown(value, Optimize.model_fields, "optimize")
     try:
         given = Optimize.model_validate({key: of_key for key, of_key in value.items() if of_key is not None})
     except pydantic.ValidationError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +19,7 @@ from dspy_bridge.lm.budgets import Budget
 from dspy_bridge.lm.lm_call import Ended
 from dspy_bridge.logs import peer_log
 from dspy_bridge.optimizing import optimizers
-from dspy_bridge.runtime import worker_threads
+from dspy_bridge.runtime import large_inputs, worker_threads
 
 # So many calls of LMs that fail in a row end the run: DSPy would go on for hours with scores of 0.
 _MOST_FAILURES = 10
@@ -52,7 +51,7 @@ class Run(lm_call.RunContext):
         self._last_failure: dict[str, Exception] = {}
         # The roles whose LM has answered.
         self._answered: set[str] = set()
-        self._context: contextvars.Context | None = None
+        self._large = False
 
     # From any thread.
 
@@ -64,8 +63,6 @@ class Run(lm_call.RunContext):
     def close(self) -> None:
         """Whatever the run's code still does ends at its next step."""
         self.ending.cancel()
-        # It has this run and its LMs: as a cycle they would stay, with their connections, until garbage is collected.
-        self._context = None
 
     def check(self) -> None:
         """Raises `Ended` once the run is over."""
@@ -146,23 +143,18 @@ class Run(lm_call.RunContext):
     def begin(self) -> None:
         """Called first, in the thread of the optimizer."""
         peer_log.drop_where(lambda: current() is not None)
-        self._context = contextvars.copy_context()
-        self.job = worker_threads.current.get()
+        self.job, self._large = worker_threads.current.get(), large_inputs.here.get()
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Give a thread of DSPy's the context variables of the run. Raises `Ended` once the run is over."""
         self.check()
-        context = self._context
-        if context is None:  # closed since then
-            raise Ended
-        here = contextvars.copy_context()
-        tokens = [(variable, variable.set(value)) for variable, value in context.items() if variable not in here]
+        job, large = worker_threads.current.set(self.job), large_inputs.here.set(self._large)
         try:
             yield
         finally:
-            for variable, token in reversed(tokens):
-                variable.reset(token)
+            worker_threads.current.reset(job)
+            large_inputs.here.reset(large)
 
 
 def current() -> Run | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from dspy_bridge.wire.json_values import INT_LIMIT, MAX_INT_DIGITS
@@ -12,15 +13,13 @@ MAX_LEVELS = 199
 # First bytes of pids and references (an alias is one) in the external term format, in which ErlPort passes them; the
 # second of each is that of OTP 22 and older.
 _PIDS_AND_REFERENCES = (b"X", b"g", b"Z", b"r")
-# The longest path that an error shows, in characters.
-_MOST_PATH = 100
 
 
 class Unfit(Exception):
     """A term that cannot be taken. The text names it."""
 
     def __init__(self, where: str, why: str, error_type: str = "invalid_args") -> None:
-        super().__init__(f"{where if len(where) <= _MOST_PATH else where[:_MOST_PATH] + '…'}: {why}")
+        super().__init__(f"{where}: {why}")
         self.error_type = error_type
 
 
@@ -41,13 +40,8 @@ def from_term(term: Any, path: str = "args", depth: int = 1) -> Any:
     if depth > MAX_LEVELS:
         raise Unfit(path, f"nested deeper than {MAX_LEVELS} levels", "invalid_json")
     if isinstance(term, dict):
-        value: dict[str, Any] = {}
-        for key, item in term.items():
-            name = _key(key, path)
-            if name in value:
-                raise Unfit(path, f"two of its keys are the text {name!r}")
-            value[name] = from_term(item, f"{path}.{name}", depth + 1)
-        return value
+        named = ((_key(key, path), item) for key, item in term.items())
+        return {name: from_term(item, f"{path}.{name}", depth + 1) for name, item in named}
     if isinstance(term, list) and not hasattr(term, "tail"):
         return [from_term(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(term)]
     raise Unfit(path, f"expected a map, a list, a binary, an atom or a number, got {type(term).__name__}")
@@ -74,17 +68,15 @@ def to_term(value: Any, atom: Callable[[bytes], Any], in_list: bool = False) -> 
 
 def to_command(term: Any) -> str:
     """The command, from a binary, an atom or a charlist. Raises `Unfit`."""
-    try:
+    if isinstance(term, str):
+        return term
+    with suppress(Unfit, TypeError, ValueError, OverflowError):
         if isinstance(term, bytes):
             return _text(term, "command")
-        if isinstance(term, str):
-            return term
         if isinstance(term, list):
             return "".join(map(chr, term))
-    except (Unfit, TypeError, ValueError, OverflowError):
-        pass
-    name = "a binary that is not UTF-8" if isinstance(term, bytes) else type(term).__name__
-    raise Unfit("command", f"expected text, a binary, an atom or a charlist, got {name}", "invalid_request")
+    text = f"expected text, a binary, an atom or a charlist, got {type(term).__name__}"
+    raise Unfit("command", text, "invalid_request")
 
 
 def check_receiver(term: Any) -> None:

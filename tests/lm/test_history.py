@@ -35,18 +35,19 @@ def test_calls_are_in_the_order_in_which_they_started() -> None:
     assert [entry["messages"] for entry in listed(kept)] == [ask("a"), ask("b"), ask("c")]
 
 
-def test_over_the_limit_the_oldest_messages_go_first_and_then_the_oldest_calls() -> None:
+def test_over_the_limit_the_oldest_calls_go() -> None:
     kept = History(1000)
-    for number in range(6):
-        kept.end(kept.begin(), ask("x" * 200), {"outputs": [str(number)]})
-    found = listed(kept)
-    assert [entry["outputs"] for entry in found] == [[str(number)] for number in range(6)]
-    assert [entry["messages"] is None for entry in found] == [True, True, True, False, False, False]
-    for number in range(6, 60):
+    for number in range(60):
         kept.end(kept.begin(), ask("x" * 200), {"outputs": [str(number)]})
     omitted, *rest = listed(kept)
-    assert omitted == {"omitted": 60 - len(rest)} and len(rest) > 20
-    assert [entry["outputs"] for entry in rest] == [[str(number)] for number in range(60 - len(rest), 60)]
+    assert omitted == {"omitted": 60 - len(rest)} and len(rest) == 3
+    assert [entry["outputs"] for entry in rest] == [["57"], ["58"], ["59"]]
+
+
+def test_a_call_that_is_too_long_has_no_messages() -> None:
+    kept = History(1000)
+    kept.end(kept.begin(), ask("long " * 400), {"outputs": ["short"]})
+    assert listed(kept) == [{"outputs": ["short"], "messages": None}]
 
 
 @given(

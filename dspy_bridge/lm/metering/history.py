@@ -12,7 +12,6 @@ from typing import Any
 
 import jiter
 
-from dspy_bridge.dispatch import replies
 from dspy_bridge.logs import redaction
 from dspy_bridge.wire.json_values import encode_value
 
@@ -21,8 +20,8 @@ _SHORTEST_DATA = 256
 _DATA = re.compile(rf"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{{{_SHORTEST_DATA},}}={{0,2}}")
 # Values that are nested deeper are left out.
 _MAX_DEPTH = 64
-# Messages that there was no room for.
-_GONE = b"null"
+# The longest of a history that has no calls.
+_OMITTED = b'[{"omitted":1000000}]'
 
 
 class _TooLong(Exception):
@@ -36,28 +35,25 @@ class History:
         self._most = most
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        # JSON by the number of the call, in the order in which the calls ended: all without the messages and the
-        # closing brace, and the messages. The first ones lose their messages, and then go.
+        # JSON by the number of the call, in the order in which the calls ended, which is that in which they go.
         self._calls: dict[int, bytes] = {}
-        self._messages: dict[int, bytes] = {}
         self._omitted = 0
-        self._size = len(b'[{"omitted":1000000}]')
+        self._size = len(_OMITTED)
 
     def begin(self) -> int:
         return next(self._numbers)
 
     def end(self, number: int, messages: Any, about: dict[str, Any]) -> None:
         """The contents of a call: what the LM was sent, and all else. The first time counts."""
-        asked, rest = self._encoded(messages, about)
+        call = self._encoded({**about, "messages": messages}) or self._encoded({**about, "messages": None})
         with self._lock:
             if number in self._calls:
                 return
-            self._calls[number], self._messages[number] = rest, asked
-            self._size += len(_json(rest, asked)) + 1
-            while self._size > self._most and self._messages:
-                self._size -= len(self._messages.pop(next(iter(self._messages)))) - len(_GONE)
+            # Longer than the limit, so that it goes at once.
+            self._calls[number] = call or b" " * self._most
+            self._size += len(self._calls[number]) + 1
             while self._size > self._most and self._calls:
-                self._size -= len(_json(self._calls.pop(next(iter(self._calls))))) + 1
+                self._size -= len(self._calls.pop(next(iter(self._calls)))) + 1
                 self._omitted += 1
 
     def json(self) -> bytes:
@@ -66,25 +62,18 @@ class History:
         If calls had to go its first element is `{"omitted": how many}`.
         """
         with self._lock:
-            parts = [_json(rest, self._messages.get(number, _GONE)) for number, rest in sorted(self._calls.items())]
+            parts = [call for _, call in sorted(self._calls.items())]
             if self._omitted:
                 parts.insert(0, b'{"omitted":%d}' % self._omitted)
         return b"[" + b",".join(parts) + b"]"
 
-    def _encoded(self, messages: Any, about: dict[str, Any]) -> tuple[bytes, bytes]:
+    def _encoded(self, call: dict[str, Any]) -> bytes | None:
+        """None if it is too long."""
         try:
-            rest = encode_value(_Shown(self._most).of(about))[:-1]
+            shown = encode_value(_Shown(self._most).of(call))
         except _TooLong:
-            # Longer than the limit, so that it goes at once.
-            rest = b" " * (self._most + 1)
-        try:
-            return encode_value(_Shown(self._most).of(messages)), rest
-        except _TooLong:
-            return _GONE, rest
-
-
-def _json(rest: bytes, messages: bytes = _GONE) -> bytes:
-    return rest + b',"messages":' + messages + b"}"
+            return None
+        return shown if len(shown) + len(_OMITTED) < self._most else None
 
 
 class _Shown:
@@ -121,9 +110,3 @@ class _Shown:
 
 def _without_data(text: str) -> str:
     return _DATA.sub(lambda found: f"…({len(found[0])} characters)", text)
-
-
-def shown_error(error: BaseException) -> str:
-    """An exception in one line, without secrets."""
-    text = replies.one_line(f"{type(error).__name__}: {error}", 10 * replies.MAX_ERROR_CHARS)
-    return replies.one_line(redaction.redact(text))

@@ -9,9 +9,9 @@ from typing import Any
 import orjson
 from dspy.utils.callback import BaseCallback
 
+from dspy_bridge.dispatch import replies
 from dspy_bridge.lm import lm_call, prompts
 from dspy_bridge.lm.lm_call import LMCall
-from dspy_bridge.lm.metering import history
 from dspy_bridge.lm.metering.history import History
 
 _NUMBERS = (int, float)
@@ -22,8 +22,8 @@ _LONGEST_NAME = 200
 # By OpenAI's names, or by those that an LM of the user's may give.
 _INPUT = ("prompt_tokens", "input_tokens")
 _OUTPUT = ("completion_tokens", "output_tokens")
-_CACHED = (("prompt_tokens_details", "cached_tokens"), ("input_tokens_details", "cached_tokens"))
-_REASONING = (("completion_tokens_details", "reasoning_tokens"), ("output_tokens_details", "reasoning_tokens"))
+_CACHED = ("prompt_tokens_details.cached_tokens", "input_tokens_details.cached_tokens")
+_REASONING = ("completion_tokens_details.reasoning_tokens", "output_tokens_details.reasoning_tokens")
 # No run uses more: neither infinity nor NaN is a count.
 _MOST_TOKENS = 10**15
 # The error of a call that a deadline or a cancel has ended.
@@ -93,7 +93,7 @@ class Meter(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         call.error_type = None if exception is None else type(exception).__name__
         if call.outputs is None and call.entry is not None:
             call.outputs = outputs
-        self._show(call, None if exception is None else history.shown_error(exception))
+        self._show(call, None if exception is None else replies.redacted(f"{type(exception).__name__}: {exception}"))
 
     def fell_back(self) -> None:
         """An adapter of DSPy's goes on to a simpler format."""
@@ -144,10 +144,10 @@ def event(call: LMCall, began: float, now: float) -> dict[str, Any]:
         "wait_ms": _ms(waited),
         "duration_ms": _ms(ended - call.started - waited),
         "first_chunk_ms": None if first_chunk is None else _ms(first_chunk - call.started - waited),
-        "input_tokens": _tokens(call.usage, _INPUT),
-        "output_tokens": _tokens(call.usage, _OUTPUT),
-        "cached_tokens": _details(call.usage, _CACHED),
-        "reasoning_tokens": _details(call.usage, _REASONING),
+        "input_tokens": _count(call.usage, 0, _INPUT),
+        "output_tokens": _count(call.usage, 0, _OUTPUT),
+        "cached_tokens": _count(call.usage, None, _CACHED),
+        "reasoning_tokens": _count(call.usage, None, _REASONING),
         "cost_usd": None if call.cost is None else round(call.cost, 12),
         "cached": call.cached,
         "replayed": call.replayed is not None,
@@ -156,18 +156,15 @@ def event(call: LMCall, began: float, now: float) -> dict[str, Any]:
     }
 
 
-def _tokens(usage: dict[str, Any], names: tuple[str, ...]) -> int:
-    return next((_count(usage[name]) for name in names if usage.get(name)), 0)
-
-
-def _details(usage: dict[str, Any], names: tuple[tuple[str, str], ...]) -> int | None:
-    """The count that the provider gives; None if it gives none."""
-    counts = [(usage.get(details) or {}).get(name) for details, name in names]
-    return next((_count(count) for count in counts if isinstance(count, (int, float))), None)
-
-
-def _count(value: Any) -> int:
-    return int(value) if isinstance(value, (int, float)) and 0 < value < _MOST_TOKENS else 0
+def _count(usage: dict[str, Any], missing: int | None, paths: tuple[str, ...]) -> int | None:
+    """The first count that the provider gives."""
+    for path in paths:
+        value: Any = usage
+        for name in path.split("."):
+            value = (value or {}).get(name)
+        if type(value) in _NUMBERS:
+            return int(value) if 0 < value < _MOST_TOKENS else 0
+    return missing
 
 
 def _ms(seconds: float) -> float:

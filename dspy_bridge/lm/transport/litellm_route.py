@@ -1,8 +1,9 @@
-"""What happens to each request that LiteLLM sends to an LM, as `outgoing` says for DSPy's own engine.
+"""What happens to each request that LiteLLM sends to an LM, as `outgoing` says for DSPy's own engine; bytes are not
+counted.
 
 LiteLLM's import takes seconds, so it is done in a thread before a call needs it: DSPy would do it in the middle of the
 first call, on the event loop, where every other call and every deadline would wait for it. LiteLLM sends with httpx,
-or httpx2 for OpenAI's clients, whose `send` is wrapped. It counts what is received, not what that is unpacked to.
+or httpx2 for OpenAI's clients, whose `send` is wrapped.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import atexit
 import functools
 import importlib
 import importlib.util
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
@@ -102,30 +103,43 @@ def _import() -> None:
 def _watch_clients(library: str) -> None:
     """Wrap the clients that LiteLLM sends with, once in a process. Their other users see no change."""
     httpx: Any = importlib.import_module(library)
+    send, send_sync = httpx.AsyncClient.send, httpx.Client.send
 
-    class Body(httpx.SyncByteStream, httpx.AsyncByteStream):  # type: ignore[misc]
-        def __init__(self, stream: Any, answer: outgoing.Answer, call: LMCall) -> None:
-            self._stream, self._answer, self._call = stream, answer, call
+    @functools.wraps(send)
+    async def sent(self: Any, request: Any, **options: Any) -> Any:
+        call = _guarded_call(request, options)
+        if call is None:
+            return await send(self, request, **options)
 
-        def __iter__(self) -> Iterator[bytes]:
-            return map(self._counted, self._stream)
+        async def attempt(seconds: float | None) -> Any:
+            if seconds is not None:
+                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
+                request.extensions = {**request.extensions, "timeout": timeouts}
+            return await send(self, request, **options)
 
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            async for chunk in self._stream:
-                yield self._counted(chunk)
+        with _noted(call):
+            response = await outgoing.connect(attempt, call.target, str(request.url))
+            try:
+                return _checked(response, request)
+            except BaseException:
+                await response.aclose()
+                raise
 
-        def _counted(self, chunk: bytes) -> bytes:
-            with _noted(self._call):
-                return self._answer.piece(chunk)
+    @functools.wraps(send_sync)
+    def sent_sync(self: Any, request: Any, **options: Any) -> Any:
+        """For the few providers that LiteLLM asks in a thread of its own."""
+        call = _guarded_call(request, options)
+        response = send_sync(self, request, **options)
+        if call is None:
+            return response
+        with _noted(call):
+            try:
+                return _checked(response, request)
+            except BaseException:
+                response.close()
+                raise
 
-        def close(self) -> None:
-            self._stream.close()
-
-        async def aclose(self) -> None:
-            await self._stream.aclose()
-
-    httpx.Client.send = _sending_sync(Body, httpx.Client.send)
-    httpx.AsyncClient.send = _sending(Body, httpx.AsyncClient.send)
+    httpx.AsyncClient.send, httpx.Client.send = sent, sent_sync
 
 
 @contextmanager
@@ -138,7 +152,7 @@ def _noted(call: LMCall) -> Iterator[None]:
         raise
 
 
-def _guarded_call(client: Any, request: Any, options: dict[str, Any]) -> LMCall | None:
+def _guarded_call(request: Any, options: dict[str, Any]) -> LMCall | None:
     """The call that sends the request, changed to what is guarded; None if no call of LiteLLM does."""
     call = lm_call.current.get()
     if call is None or not call.by_litellm:
@@ -149,66 +163,12 @@ def _guarded_call(client: Any, request: Any, options: dict[str, Any]) -> LMCall 
         options["follow_redirects"] = False
         if (traceparent := tracing.current()) is not None:
             request.headers[tracing.TRACEPARENT] = traceparent
-    # A value set for this request alone may be signed.
-    if request.headers.get("accept-encoding") == client.headers.get("accept-encoding"):
-        request.headers["accept-encoding"] = "identity"
     return call
 
 
-def _check(body: Any, response: Any, request: Any, call: LMCall) -> None:
-    answer = outgoing.Answer(response.status_code, response.headers.get, private=_is_private(request))
-    response.stream = body(response.stream, answer, call)
-
-
-def _sending(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(send)
-    async def sent(self: Any, request: Any, **options: Any) -> Any:
-        call = _guarded_call(self, request, options)
-        if call is None:
-            return await send(self, request, **options)
-        stream = options.pop("stream", False)
-
-        async def attempt(seconds: float | None) -> Any:
-            if seconds is not None:
-                timeouts = {**request.extensions.get("timeout", {}), "connect": seconds}
-                request.extensions = {**request.extensions, "timeout": timeouts}
-            return await send(self, request, stream=True, **options)
-
-        with _noted(call):
-            response = await outgoing.connect(attempt, call.target, str(request.url))
-            try:
-                _check(body, response, request, call)
-                if not stream:
-                    await response.aread()
-            except BaseException:
-                await response.aclose()
-                raise
-            return response
-
-    return sent
-
-
-def _sending_sync(body: Any, send: Callable[..., Any]) -> Callable[..., Any]:
-    """For the few providers that LiteLLM asks in a thread of its own."""
-
-    @functools.wraps(send)
-    def sent(self: Any, request: Any, **options: Any) -> Any:
-        call = _guarded_call(self, request, options)
-        if call is None:
-            return send(self, request, **options)
-        stream = options.pop("stream", False)
-        with _noted(call):
-            response = send(self, request, stream=True, **options)
-            try:
-                _check(body, response, request, call)
-                if not stream:
-                    response.read()
-            except BaseException:
-                response.close()
-                raise
-            return response
-
-    return sent
+def _checked(response: Any, request: Any) -> Any:
+    outgoing.check(response.status_code, response.headers.get, private=_is_private(request))
+    return response
 
 
 def _is_private(request: Any) -> bool:

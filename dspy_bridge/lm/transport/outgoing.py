@@ -17,8 +17,8 @@ import dataclasses
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -28,7 +28,7 @@ from dspy_bridge import tracing
 from dspy_bridge.errors import Overloaded
 from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.lm_call import LMCall, Target
-from dspy_bridge.lm.rate_limits import INFINITE, Gate, Ticket
+from dspy_bridge.lm.rate_limits import INFINITE, Lane
 
 # Bytes of each answer; set once, from the settings.
 most = 32 * 1024 * 1024
@@ -75,16 +75,17 @@ async def _place() -> AsyncIterator[None]:
     if call is None or call.target is None:
         yield
         return
-    ticket, gate = None, call.target.lane.gate
-    if gate.watched:
-        ticket = Ticket(call.target.lane, call.run.deadline)
+    request: Future[None] | None = None
+    lane = call.target.lane
+    if lane.watched:
+        request = Future()
         call.begin_wait()
-        _change(gate, gate.enter, ticket)
+        _change(lane, lane.enter, request, call.run.deadline)
         try:
-            await asyncio.wrap_future(ticket.gone)
+            await asyncio.wrap_future(request)
         except BaseException as error:
             # Cancelled on another loop it may have its place by now.
-            _change(gate, gate.leave, ticket)
+            _change(lane, lane.leave, request)
             if isinstance(error, Overloaded):
                 raise call.run.overloaded(str(error)) from None
             raise
@@ -93,50 +94,52 @@ async def _place() -> AsyncIterator[None]:
     try:
         yield
     finally:
-        if ticket is not None:
-            _change(gate, gate.leave, ticket)
+        if request is not None:
+            _change(lane, lane.leave, request)
 
 
 def spend(target: Target, tokens: int) -> None:
     """Count the tokens of an answer. From any thread."""
-    gate = target.lane.gate
-    if gate.watched:
-        _change(gate, gate.spend, tokens, target.lane)
+    if target.lane.watched:
+        _change(target.lane, target.lane.spend, tokens)
 
 
-# The timers of gates where requests wait.
-_timers: dict[Gate, asyncio.TimerHandle] = {}
+# The timers of lanes where requests wait.
+_timers: dict[Lane, asyncio.TimerHandle] = {}
 
 
-def _change(gate: Gate, change: Callable[..., None], *args: Any) -> None:
+def _change(lane: Lane, change: Callable[..., None], *args: Any) -> None:
     def changed() -> None:
         change(*args)
-        _advance(gate)
+        _advance(lane)
 
     lm_call.call_on_main_loop(changed)
 
 
-def _advance(gate: Gate) -> None:
-    if (timer := _timers.pop(gate, None)) is not None:
+def _advance(lane: Lane) -> None:
+    if (timer := _timers.pop(lane, None)) is not None:
         timer.cancel()
-    seconds = gate.advance()
+    seconds = lane.advance()
     if seconds != INFINITE:
         # Its context must not keep the run that happened to start the timer.
         later = asyncio.get_running_loop().call_later
-        _timers[gate] = later(seconds, functools.partial(_advance, gate), context=contextvars.Context())
+        _timers[lane] = later(seconds, functools.partial(_advance, lane), context=contextvars.Context())
 
 
 def _refused(call: LMCall, target: Target, retry_after: str) -> None:
-    """A server has refused a request: let all of the account wait for as long as it asks for.
+    """A server has refused a request: let all of its lane wait for as long as it asks for.
 
     Raises `LMOverloaded` if DSPy would wait past the deadline of this one.
     """
     # Until the next attempt, for which DSPy waits.
     call.begin_wait()
-    seconds = _seconds(retry_after)
+    try:
+        seconds = float(retry_after)
+    except ValueError:  # none, or a date, which no server of an LM sends
+        return
     if not 0 < seconds < INFINITE:
         return
-    _change(target.lane.gate, target.lane.gate.pause, seconds)
+    _change(target.lane, target.lane.pause, seconds)
     if target.retries and call.run.deadline is not None:
         left = call.run.deadline - time.monotonic()
         if seconds > left:
@@ -144,41 +147,17 @@ def _refused(call: LMCall, target: Target, retry_after: str) -> None:
             raise call.run.overloaded(text)
 
 
-def _seconds(retry_after: str) -> float:
-    """Of a Retry-After header: a number, or a date; 0 if it is neither."""
-    try:
-        return float(retry_after)
-    except ValueError:
-        try:
-            return parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
+def check(status: int, header: Callable[[str], str | None], *, private: bool = True) -> None:
+    """The head of an answer: lets the account wait if its server asks for it. Raises `LMAnswerRefused` for a redirect.
 
-
-class Answer:
-    """An answer, of which each piece is counted. Redirects and what is too long raise `LMAnswerRefused`."""
-
-    def __init__(self, status: int, header: Callable[[str], str | None], *, private: bool = True) -> None:
-        """`private`: a redirect would take a prompt or a key to another server."""
-        call = lm_call.current.get()
-        self._left = most
-        self._streamed: LMCall | None = None
-        if call is not None and call.target is not None:
-            if status in _REFUSALS:
-                _refused(call, call.target, header("retry-after") or "")
-            if (header("content-type") or "").startswith("text/event-stream"):
-                self._streamed = call
-        if private and 300 <= status < 400:
-            to = urlsplit(header("location") or "").hostname or "another path"
-            raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
-
-    def piece(self, piece: bytes) -> bytes:
-        if self._streamed is not None:
-            self._streamed.chunk()
-        self._left -= len(piece)
-        if self._left < 0:
-            raise LMAnswerRefused(f"the answer is longer than DSPY_BRIDGE_MAX_LM_BYTES allows: {most} bytes")
-        return piece
+    `private`: a redirect would take a prompt or a key to another server.
+    """
+    call = lm_call.current.get()
+    if call is not None and call.target is not None and status in _REFUSALS:
+        _refused(call, call.target, header("retry-after") or "")
+    if private and 300 <= status < 400:
+        to = urlsplit(header("location") or "").hostname or "another path"
+        raise LMAnswerRefused(f"the server answers with a redirect ({status}) to {to}; no redirect is followed")
 
 
 async def connect(attempt: Callable[[float | None], Awaitable[T]], target: Target | None, url: str) -> T:
@@ -224,12 +203,21 @@ async def _send(transport: Any, request: Any) -> AsyncIterator[Any]:
             return await stack.enter_async_context(dspy_internals.TRANSPORT.value(transport, timed))
 
         response = await connect(attempt, lm_call.target(), request.url)
-        answer = Answer(response.status, response.header)
+        check(response.status, response.header)
+        streamed = (response.header("content-type") or "").startswith("text/event-stream")
+        call = lm_call.current.get() if streamed else None
 
         async def chunks() -> AsyncIterator[bytes]:
+            left = most
             async with aclosing(aiter(response)) as pieces:
                 async for piece in pieces:
-                    yield answer.piece(piece)
+                    if call is not None:
+                        call.chunk()
+                    left -= len(piece)
+                    if left < 0:
+                        text = f"the answer is longer than DSPY_BRIDGE_MAX_LM_BYTES allows: {most} bytes"
+                        raise LMAnswerRefused(text)
+                    yield piece
 
         yield type(response)(
             status=response.status,

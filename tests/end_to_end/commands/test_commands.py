@@ -162,28 +162,8 @@ def test_texts_that_clients_match_on_are_exact(module_peer: Peer) -> None:
         assert module_peer.call(id)["error"] == f"Unknown command: {shown}"
 
 
-@pytest.mark.parametrize(
-    ("command", "meant"),
-    [
-        ("execute", "execute_program"),
-        ("create", "create_program"),
-        ("list", "list_programs"),
-        ("stats", "get_stats"),
-        ("excute_program", "execute_program"),
-        ("list_program", "list_programs"),
-        ("Ping", None),
-        # Other commands than ours, as DSPex has them.
-        ("delete_program", None),
-        ("create_gemini_program", None),
-        ("get_program_info", None),
-        ("program", None),
-        ("", None),
-        ("x" * 100_000, None),
-    ],
-)
-def test_a_command_that_was_probably_meant_is_named(module_peer: Peer, command: str, meant: str | None) -> None:
-    text = f"Unknown command: {command[:4095]}{'…' if len(command) > 4096 else ''}"
-    assert module_peer.call(command)["error"] == text + (f"; did you mean {meant}?" if meant else "")
+def test_a_long_command_is_cut_in_the_error(module_peer: Peer) -> None:
+    assert module_peer.call("x" * 100_000)["error"] == f"Unknown command: {'x' * 4095}…"
 
 
 def test_an_argument_that_was_probably_meant_is_named(module_peer: Peer) -> None:
@@ -295,7 +275,7 @@ def test_a_lazy_program_that_cannot_be_loaded_fails_its_runs(
 
 @pytest.mark.slow
 def test_programs_that_were_replaced_or_removed_take_no_memory(fresh_echo_peer: Peer) -> None:
-    """Loaded programs are frozen out of garbage collections; removed ones are collected."""
+    """Each is a reference cycle, as its class is one: garbage collections find it."""
 
     def rss() -> int:
         return fresh_echo_peer.call("get_stats")["result"]["memory_usage"]["rss"]

@@ -1,4 +1,4 @@
-"""What is read of an LM's answer has a limit, on both ways to it, plain and streamed."""
+"""What is read of an LM's answer has a limit, plain and streamed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from dspy_bridge.lm.transport import outgoing
 QA = {"id": "qa", "signature": "question -> answer"}
 ASK = {"program_id": "qa", "inputs": {"question": "?"}}
 LIMIT = 1024 * 1024
-# A header of one's own has DSPy call LiteLLM.
-WAYS = {"native": {}, "litellm": {"extra_headers": {"X-Way": "litellm"}}}
 
 
 class Sender:
@@ -90,8 +88,8 @@ def answer(text: str, streamed: bool) -> bytes:
     return event("x", {"role": "assistant", "content": text}, None) + event("x", {}, "stop") + b"data: [DONE]\n\n"
 
 
-def execute(peer: Peer, sender: Sender, way: str, streamed: bool, **more: Any) -> dict[str, Any]:
-    lm = {"model": "openai/x", **sender.options, **WAYS[way], "cache": False, **more}
+def execute(peer: Peer, sender: Sender, streamed: bool, **more: Any) -> dict[str, Any]:
+    lm = {"model": "openai/x", **sender.options, "cache": False, **more}
     id = peer.request("execute_program", {**ASK, "lm": lm}, stream=streamed, timeout_ms=PATIENCE * 1000)
     while "stream" in (frame := peer.receive()):
         pass
@@ -101,7 +99,6 @@ def execute(peer: Peer, sender: Sender, way: str, streamed: bool, **more: Any) -
 
 def endless(streamed: bool) -> Iterator[bytes]:
     for number in itertools.count():
-        # LiteLLM gives up an LM that says the same again and again.
         yield event("x", {"content": f"{number} " * 1000}, None) if streamed else b" " * 65536
 
 
@@ -115,23 +112,18 @@ def bomb(_streamed: bool) -> Iterator[bytes]:
 
 
 EACH = pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
-# LiteLLM for `make test-slow`: its import takes seconds.
-ON_BOTH_WAYS = pytest.mark.parametrize("way", ["native", pytest.param("litellm", marks=pytest.mark.slow)])
 
 
 @EACH
-@pytest.mark.parametrize(
-    ("way", "body"),
-    [("native", endless), ("native", bomb), pytest.param("litellm", endless, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("body", [endless, bomb])
 def test_past_the_limit_the_call_fails_for_good_and_the_connection_is_closed(
-    peer: Peer, send: Any, way: str, streamed: bool, body: Any
+    peer: Peer, send: Any, streamed: bool, body: Any
 ) -> None:
-    """DSPy's engine unpacks before the bytes are counted; LiteLLM's clients after that."""
+    """DSPy's engine unpacks before the bytes are counted."""
     sender = send("Content-Encoding: gzip\r\n" if body is bomb else "", body)
     process = psutil.Process(peer.process.pid)
     before = process.memory_info().rss
-    reply = execute(peer, sender, way, streamed, num_retries=3)
+    reply = execute(peer, sender, streamed, num_retries=3)
     assert (reply["error_type"], reply["retryable"]) == ("lm_error", False), reply
     assert "DSPY_BRIDGE_MAX_LM_BYTES" in reply["error"] and str(LIMIT) in reply["error"]
     assert sender.closed_by_client.acquire(timeout=PATIENCE)
@@ -140,17 +132,16 @@ def test_past_the_limit_the_call_fails_for_good_and_the_connection_is_closed(
     assert peer.call("ping")["success"]
 
 
-@ON_BOTH_WAYS
 @EACH
 @pytest.mark.parametrize("packed", [False, True], ids=["as it is", "packed"])
-def test_below_the_limit_an_answer_is_whole(peer: Peer, send: Any, way: str, streamed: bool, packed: bool) -> None:
+def test_below_the_limit_an_answer_is_whole(peer: Peer, send: Any, streamed: bool, packed: bool) -> None:
     text = "word, " * (LIMIT // 8) if not streamed else "word, " * 1000
     data = answer(chat(answer=text), streamed)
     assert len(data) < LIMIT
     sender = send(
         "Content-Encoding: gzip\r\n" if packed else "", lambda _: iter([gzip.compress(data) if packed else data])
     )
-    assert execute(peer, sender, way, streamed)["result"] == {"answer": text.strip()}
+    assert execute(peer, sender, streamed)["result"] == {"answer": text.strip()}
 
 
 def test_an_lm_that_the_application_calls_in_a_thread_has_the_same_limit(
