@@ -36,12 +36,12 @@ class Program:
         left_out = module_factory.extra_inputs(definition)
         self._contract = builder.build(definition["signature"], files_dir=lms.settings.files_dir, left_out=left_out)
         signature = self._contract.signature
-        adapter = definition.get("adapter")
-        self._adapter = None if adapter is None else lms.adapter(adapter)
         lm = definition.get("lm")
         self._lm_given: object = lm
         self._lm = None if lm is None else lms.lm(lm)
         self.runner = module_factory.build(definition, self._contract, lms)
+        adapter = definition.get("adapter")
+        self._adapter = None if adapter is None else lms.adapter(adapter, self.runner.native_tools)
         self.of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
         module = self.runner.module
         state = saved_state.read(definition, lms.settings.state_dir)

@@ -21,7 +21,7 @@ import pydantic
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals, lm_call, prompts
-from dspy_bridge.lm.adapters import corrections, field_markers, json_answers
+from dspy_bridge.lm.adapters import choice, corrections, field_markers, json_answers
 from dspy_bridge.runtime import event_loop
 
 Signature = type[dspy.Signature]
@@ -239,5 +239,4 @@ _trajectory = functools.lru_cache(_MOST_STEPS)(lambda fields: dspy.Signature(f"{
 
 @dspy_internals.FORMAT_TRAJECTORY.replace
 def _format_trajectory(_agent: Any, trajectory: Any) -> Any:
-    adapter = dspy.settings.adapter or dspy.ChatAdapter()
-    return adapter.format_user_message_content(_trajectory(", ".join(trajectory)), trajectory)
+    return choice.default().format_user_message_content(_trajectory(", ".join(trajectory)), trajectory)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import BY_LITELLM, lm_env
-from lm_server import LMServer, chat, completion
+from lm_server import LMServer, chat, tool_calls
 from peer import Peer
 from shared_peers import shared_peer
 from tool_host import execute as run_with_tools
@@ -80,11 +80,8 @@ def test_a_server_that_refuses_the_schema_is_an_error_with_its_words(start_lm: A
 @pytest.mark.parametrize("supported", [True, False])
 def test_tools_are_native_function_calls_with_function_calling(start_lm: Any, supported: bool) -> None:
     tool = {"name": "look", "description": "Looks.", "args": {"query": {"type": "str"}}}
-    body = completion("stub-model", "")
-    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"query": "a"}'}}
-    body["choices"][0] |= {"finish_reason": "tool_calls", "message": {"role": "assistant", "tool_calls": [call]}}
-    written = chat(label="spam", tool_calls='{"tool_calls": [{"name": "look", "args": {"query": "a"}}]}')
-    server = start_lm((200, body) if supported else written)
+    in_text = chat(label="spam", tool_calls='{"tool_calls": [{"name": "look", "args": {"query": "a"}}]}')
+    server = start_lm(tool_calls(("look", '{"query": "a"}')) if supported else in_text)
     program = {"id": "sort", "signature": "text -> label", "tools": [tool]}
     with shared_peer(env=lm_env(server, supports=["function_calling" if supported else "none"])) as peer:
         peer.call("create_program", program)

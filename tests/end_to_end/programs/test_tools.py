@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import lm_env
-from lm_server import chat, completion, script
+from lm_server import chat, script, tool_calls
 from peer import ROOT, Peer
 from shared_peers import shared_peer
 from tool_host import ToolError, answer, execute
@@ -156,19 +156,6 @@ def test_the_lm_may_leave_arguments_out(start_lm: Any, declared: dict[str, Any])
 
 
 # Native function calling.
-
-
-def tool_calls(*calls: tuple[str, str], text: str | None = None) -> tuple[int, dict[str, Any]]:
-    """An answer of OpenAI's API with tool calls; arguments are JSON strings."""
-    body = completion("gpt-4o-mini", "")
-    message = body["choices"][0]["message"]
-    message["content"] = text
-    message["tool_calls"] = [
-        {"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": arguments}}
-        for n, (name, arguments) in enumerate(calls)
-    ]
-    body["choices"][0]["finish_reason"] = "tool_calls"
-    return 200, body
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,10 @@ from typing import Any
 import psutil
 import pytest
 from conftest import lm_env
-from lm_server import Answer, LMServer, chat, pieces
+from lm_server import Answer, LMServer, chat, pieces, written
 from peer import PATIENCE, ROOT, Peer
+
+from dspy_bridge.settings import ADAPTERS
 
 HOST = '''
 import dspy
@@ -101,18 +102,6 @@ def joined(frames: Frames) -> dict[str, str]:
     return texts
 
 
-def in_json(**fields: object) -> str:
-    return json.dumps(fields)
-
-
-def in_xml(**fields: object) -> str:
-    def escaped(value: object) -> str:
-        return str(value).replace("&", "&amp;").replace("<", "&lt;")
-
-    return "\n\n".join(f"<{name}>\n{escaped(value)}\n</{name}>" for name, value in fields.items())
-
-
-FORMATS = {"chat": chat, "json": in_json, "xml": in_xml}
 TEXTS = [
     "Paris",
     "  It is\n\n  Paris,\tin France. \n",
@@ -129,12 +118,12 @@ def split(text: str, by: int | str) -> Iterator[str]:
     return iter(text.splitlines(keepends=True) if by == "lines" else [text])
 
 
-@pytest.mark.parametrize("adapter", FORMATS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("by", [1, 4, "lines", "whole"])
 def test_the_chunks_of_a_field_joined_are_the_field_of_the_reply(stage: Stage, adapter: str, by: int | str) -> None:
     program = stage.create("chain_of_thought", adapter=adapter)
     for text, other in zip(TEXTS, TEXTS[1:] + TEXTS[:1], strict=True):
-        answer = FORMATS[adapter](reasoning=other, answer=text)
+        answer = written(adapter, reasoning=other, answer=text)
         stage.answer = lambda _request, answer=answer: split(answer, by)
         frames, reply = stage.run(program)
         assert reply["success"], reply
@@ -169,11 +158,11 @@ def test_the_first_chunk_is_there_while_the_lm_still_writes(stage: Stage) -> Non
     assert stage.read(id) == ([], {"id": id, "success": True, "result": {"answer": "It is Paris."}})
 
 
-@pytest.mark.parametrize("adapter", FORMATS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_reasoning_is_streamed_before_outputs_that_are_no_texts(stage: Stage, adapter: str) -> None:
     """An answer of a number alone shows nothing before it is there, and its reasoning takes the LM's time."""
     program = stage.create("chain_of_thought", signature="question -> score: float", adapter=adapter)
-    stage.answer = FORMATS[adapter](reasoning="It is known to all.", score=0.5)
+    stage.answer = written(adapter, reasoning="It is known to all.", score=0.5)
     frames, reply = stage.run(program)
     assert joined(frames) == {"reasoning": "It is known to all."} and len(frames) > 2
     assert reply["result"] == {"reasoning": "It is known to all.", "score": 0.5}
