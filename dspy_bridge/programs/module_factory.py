@@ -127,7 +127,7 @@ def _make(
             # A tool or a field must not shadow a function of the sandbox.
             raise InvalidArgs(f"signature, tools: {error}") from None
         return CodeRunner(module, takes_config=False)
-    return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen))
+    return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen), one_answer=None)
 
 
 def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:

@@ -106,6 +106,7 @@ class Program:
         """The settings of an optimization; `lm` as in `call`. Raises `LMNotConfigured` or `InvalidArgs`."""
         run.refuses_cut_off = not self._allow_truncated
         found = self._lm_for({}, lm)[1] or dspy.settings.lm
+        self._gives_all({}, found, "while it is optimized")
         # Optimizers write into its settings.
         with self._lms.context(found and found.copy(), self.runner.adapter(self._adapter), run):
             yield
@@ -146,9 +147,14 @@ class Program:
         given = [name for name, value in of_dspy.items() if value and self.of_dspy]
         run = lm_call.RunContext(call.ends if ends is None else ends, call)
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
+        gives_all = self._gives_all(settings, own_lm, "in a stream" if stream else runner.one_answer)
         try:
             with self._lms.context(own_lm, runner.adapter(self._adapter), run):
-                return await self._run(values, run, stream, attempts)
+                prediction, outputs = await self._run(values, run, stream, attempts)
+            if gives_all:
+                given = prediction.completions
+                outputs = {**outputs, "completions": [self.outputs(given[index]) for index in range(len(given))]}
+            return outputs
         except Exception as error:
             raise dspy_errors.translate(error, given) from error
 
@@ -167,6 +173,20 @@ class Program:
                 call.stream_item_threadsafe({"status": f"asking again: {wrong}"})
 
         return corrections.Attempts(most, fits, lambda error: dspy_errors.translate(error, []), say)
+
+    def _gives_all(self, settings: dict[str, Any], lm: dspy.BaseLM | None, one: str | None) -> bool:
+        """Whether a run gives all of several answers, with these settings for DSPy. `one`: when a run gives only one.
+
+        Raises `InvalidArgs`. Modules of the user's give what they like.
+        """
+        options = {**getattr(lm or dspy.settings.lm, "kwargs", {}), **self._config, **settings}
+        if not self.of_dspy or (options.get("n") or 1) == 1:
+            return False
+        if "completions" in self._contract.signature.output_fields:
+            one = "with an output named completions"
+        if one is not None:
+            raise InvalidArgs(f"n: this program gives one answer {one}; expected 1, got {options['n']}")
+        return True
 
     def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], dspy.BaseLM | None]:
         """The call's settings for DSPy, and its LM: None for the default one. Raises `LMNotConfigured`, too."""
@@ -203,7 +223,7 @@ class Program:
 
     async def _run(
         self, values: dict[str, Any], run: lm_call.RunContext, stream: bool, attempts: int
-    ) -> dict[str, Any]:
+    ) -> tuple[Any, dict[str, Any]]:
         with ExitStack() as stack:
             streaming = None
             if stream:
@@ -211,10 +231,11 @@ class Program:
                 stack.enter_context(dspy.context(**streaming.settings()))
             if attempts > 1:
                 run.attempts = self._attempts(attempts, run.call, streaming)
-            outputs = self.outputs(await self.runner.run(values, self._threads))
+            prediction = await self.runner.run(values, self._threads)
+            outputs = self.outputs(prediction)
             if streaming is not None:
                 await streaming.finish(outputs)
-            return outputs
+            return prediction, outputs
 
 
 def _without_types(value: Any) -> Any:

@@ -28,9 +28,13 @@ class Runner:
     # Whether the program's adapter calls tools natively, if its definition does not say; None for DSPy's default.
     native_tools: bool | None = None
 
-    def __init__(self, module: dspy.Module, *, takes_config: bool = True) -> None:
+    def __init__(
+        self, module: dspy.Module, *, takes_config: bool = True, one_answer: str | None = "of this program type"
+    ) -> None:
+        """`one_answer`: why a run gives one answer, however many the LM is asked for; None if it gives all."""
         self.module = module
         self.takes_config = takes_config
+        self.one_answer = one_answer
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
         """The adapter for a call; None for DSPy's default. `chosen`: the program's own."""
@@ -73,7 +77,7 @@ class ToolCallRunner(Runner):
             raise InvalidArgs(f"signature: with tools, the field {taken[0]!r} is DSPy's; choose another name")
         signature = signature.append("tools", dspy.InputField(), list[dspy.Tool])
         signature = signature.append("tool_calls", dspy.OutputField(), dspy.ToolCalls)
-        super().__init__(kind(signature))
+        super().__init__(kind(signature), one_answer="with tools")
         self._tools = {tool.name: tool for tool in tools}
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:

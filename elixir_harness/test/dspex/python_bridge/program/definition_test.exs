@@ -224,9 +224,9 @@ defmodule DSPex.ProgramDefinitionTest do
     end
 
     tools = "tools: [now: []]"
-    assert keys.(~s(program_type: "predict")) == [:a, :b]
+    assert keys.(~s(program_type: "predict")) == [:a, :b, :completions]
     assert keys.(tools) == [:a, :b, :tool_calls]
-    assert keys.("program_type: :chain_of_thought") == [:a, :b, :reasoning]
+    assert keys.("program_type: :chain_of_thought") == [:a, :b, :completions, :reasoning]
     assert keys.("program_type: :react, #{tools}") == [:a, :b, :reasoning, :trajectory]
     assert keys.("program_type: :best_of_n") == [:a, :b]
 

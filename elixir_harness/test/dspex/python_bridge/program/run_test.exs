@@ -130,6 +130,9 @@ defmodule DSPex.ProgramRunTest do
 
     assert {:ok, @triage, %{"lm_calls" => 1}} =
              Triage.run([ticket: "Twice!"], server: @bridge, lm: @lm, meta: true)
+
+    both = %{@triage | completions: [@triage, @triage]}
+    assert Triage.run([ticket: "Twice!"], server: @bridge, lm: @lm, config: [n: 2]) == {:ok, both}
   end
 
   test "inputs may have structs, dates and atoms; every type is one that the peer takes" do
