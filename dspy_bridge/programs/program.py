@@ -19,7 +19,7 @@ from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, saved_state, scores
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
-from dspy_bridge.signatures import builder
+from dspy_bridge.signatures import builder, dspy_types
 from dspy_bridge.streaming.stream import Stream
 
 # The longest text of an error in a status of a stream, in characters.
@@ -90,7 +90,7 @@ class Program:
         """The output fields of what the module returned. Raises `OutputInvalid`."""
         fields = list(self._contract.signature.output_fields)
         if isinstance(prediction, (dspy.Prediction, dict)):
-            outputs = dict(prediction.items())
+            outputs = dspy_types.for_replies(prediction)
         elif len(fields) == 1:
             outputs = {fields[0]: prediction}
         else:

@@ -109,7 +109,8 @@ defmodule DSPex.ProgramDefinitionTest do
   end
 
   test "types by Elixir terms are those of the peer's contract" do
-    for name <- ~w(string integer float boolean map any image audio file history),
+    for name <-
+          ~w(string integer float boolean map any image audio file history reasoning code document),
         do: assert(type(":#{name}") == name)
 
     assert type("{:enum, [:low, :high]}") == %{enum: ["low", "high"]}
@@ -124,6 +125,7 @@ defmodule DSPex.ProgramDefinitionTest do
     assert type(":naive_datetime") == %{type: "string", format: "date-time"}
     assert type(":uuid") == %{type: "string", format: "uuid"}
     assert type("{:list, :image}") == "list[image]"
+    assert type(~s({:optional, {:code, "c++"}})) == ~s(Optional[code["c++"]])
     assert type("{:optional, {:map, :file}}") == "Optional[dict[str, file]]"
   end
 

@@ -63,7 +63,8 @@ defmodule DSPex.ProgramRunTest do
           size: {:enum, [:small, :large]},
           past: :history,
           home: {:optional, Address},
-          more: :map
+          more: :map,
+          source: {:optional, :document}
         ],
         outputs: [
           a: :string,
@@ -78,7 +79,10 @@ defmodule DSPex.ProgramRunTest do
           j: {:enum, [1, 2]},
           k: {{:list, {:optional, :string}}, max: 3},
           l: {:optional, %{m: {:list, Address}, n: {:optional, {:enum, [:x, :y]}}}},
-          o: {:optional, :date}
+          o: {:optional, :date},
+          p: :reasoning,
+          q: {:code, "elixir"},
+          r: {:list, :citations}
         ]
       ],
       demos: [[on: ~D[2026-01-01], a: "x"]]
