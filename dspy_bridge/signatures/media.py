@@ -78,7 +78,7 @@ def validators(fields: Mapping[str, Any], files_dir: str | None) -> dict[str, py
     return {name: pydantic.TypeAdapter(kind) for name, kind in kinds.items()}
 
 
-def _image(files_dir: str | None, value: Any) -> Any:
+def image(files_dir: str | None, value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"url"}:
         value = value["url"]
     if isinstance(value, str) and _URL.fullmatch(value):
@@ -93,7 +93,7 @@ def _audio(files_dir: str | None, value: Any) -> Any:
     return dspy.Audio(data=data, audio_format={"mpeg": "mp3", "wave": "wav"}.get(kind, kind))
 
 
-def _file(files_dir: str | None, value: Any) -> Any:
+def file(files_dir: str | None, value: Any) -> Any:
     if isinstance(value, dict) and "file_id" in value:
         if set(value) - {"file_id", "filename"} or not all(isinstance(text, str) for text in value.values()):
             raise unfit("expected file_id, which may have a filename, both text")
@@ -149,9 +149,9 @@ def _made(kind: Any, fields: Any) -> Any:
 
 
 _READERS = {
-    dspy.Image: _image,
+    dspy.Image: image,
     dspy.Audio: _audio,
-    dspy.File: _file,
+    dspy.File: file,
     dspy.History: _history,
     dspy.Reasoning: functools.partial(_text, "content"),
     dspy.Code: functools.partial(_text, "code"),
@@ -245,8 +245,8 @@ def read_file(folder: str, path: object, most: int, setting: str) -> tuple[str, 
                 raise unfit("expected a regular file")
             if status.st_size > most:
                 raise unfit(f"expected a file of at most {most} bytes")
-            with open(descriptor, "rb", closefd=False) as file:
-                return real, file.read(most)
+            with open(descriptor, "rb", closefd=False) as opened:
+                return real, opened.read(most)
         finally:
             os.close(descriptor)
     except UnicodeEncodeError:
