@@ -27,7 +27,7 @@ from dspy_bridge.wire.json_values import encode_value
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 MAX_TOOLS = 128
 # In base64, of all images and files of one result: each step of a ReAct writes them into a prompt, on the event loop.
-MAX_CONTENT = 4 << 20
+MAX_CONTENT = 2 << 20
 _MEDIA = {"image": media.image, "file": media.file}
 
 

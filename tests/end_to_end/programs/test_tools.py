@@ -424,7 +424,7 @@ def test_content_of_a_result_goes_to_the_lm_of_an_agent_as_images_and_files(star
         ({"type": "file", "url": "https://x.org/a.pdf"}, "content[1]: expected a data: URL"),
         ({"type": "file", "path": "/etc/passwd"}, "content[1]: path: files of this machine are not read"),
         ({**IMAGE, "base64": "no!"}, "content[1]: the content is not base64"),
-        ({**IMAGE, "base64": "A" * (30 << 20)}, "content: expected at most 4194304 bytes in all"),
+        ({**IMAGE, "base64": "A" * (30 << 20)}, "content: expected at most 2097152 bytes in all"),
     ],
 )
 def test_content_that_cannot_be_sent_is_an_error_that_the_lm_is_told(echo_peer: Peer, part: Any, wrong: str) -> None:

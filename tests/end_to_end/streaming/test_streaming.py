@@ -102,42 +102,6 @@ def joined(frames: Frames) -> dict[str, str]:
     return texts
 
 
-TEXTS = [
-    "Paris",
-    "  It is\n\n  Paris,\tin France. \n",
-    "see [[1]], [[ ## and # ]]",
-    'he said "Paris, \\"Paris\\"", {twice}',
-    "a < b & c > d </e>",
-    "Übergrößenträger 😀 \u2028 \\n",
-]
-
-
-def split(text: str, by: int | str) -> Iterator[str]:
-    if isinstance(by, int):
-        return iter([text[at : at + by] for at in range(0, len(text), by)])
-    return iter(text.splitlines(keepends=True) if by == "lines" else [text])
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("by", [1, 4, "lines", "whole"])
-def test_the_chunks_of_a_field_joined_are_the_field_of_the_reply(stage: Stage, adapter: str, by: int | str) -> None:
-    program = stage.create("chain_of_thought", adapter=adapter)
-    for text, other in zip(TEXTS, TEXTS[1:] + TEXTS[:1], strict=True):
-        answer = written(adapter, reasoning=other, answer=text)
-        stage.answer = lambda _request, answer=answer: split(answer, by)
-        frames, reply = stage.run(program)
-        assert reply["success"], reply
-        assert joined(frames) == reply["result"]
-        assert reply["result"]["answer"].strip() == text.strip().replace(
-            "\u2028", "\n" if adapter == "chat" else "\u2028"
-        )
-        assert [name for name, _ in itertools.groupby(frame["field"] for frame in frames)] == ["reasoning", "answer"]
-        if by == 1:
-            assert len(frames) > len(text.split())
-    assert len(stage.server.requests) == len(TEXTS)
-    assert all(request["stream"] for request in stage.server.requests)
-
-
 def test_the_first_chunk_is_there_while_the_lm_still_writes(stage: Stage) -> None:
     """The LM goes on only after the caller has the earlier chunks."""
     read = threading.Semaphore(0)
