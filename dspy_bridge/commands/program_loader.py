@@ -78,12 +78,16 @@ class ProgramLoader:
         return self._thread.submit(self._import_dspy)
 
     def lm_stats(self) -> dict[str, Any]:
-        """Calls of LMs that wait for the limits of their account, and names inside DSPy that are not as expected."""
+        """Calls of LMs that wait for the limits of their account, and what is known of DSPy once it is set up."""
         if self._lms is None:
-            return {"lm_waiting": 0, "degraded": []}
+            return {"lm_waiting": 0, "default_adapter": None, "degraded": []}
         from dspy_bridge.lm import dspy_internals, lm_call
 
-        return {"lm_waiting": lm_call.waiting(), "degraded": sorted(dspy_internals.degraded)}
+        return {
+            "lm_waiting": lm_call.waiting(),
+            "default_adapter": self._lms.default_adapter,
+            "degraded": sorted(dspy_internals.degraded),
+        }
 
     @functools.cached_property
     def _thread(self) -> DaemonThreads:

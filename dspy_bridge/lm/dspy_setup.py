@@ -27,18 +27,17 @@ if not hasattr(dspy, "lm15"):
     raise SetupFailed(f"DSPy {dspy.__version__} is too old; expected 3.4.1 or newer")
 
 from dspy_bridge.lm import dspy_internals, lm_call, lm_options, rate_limits
-from dspy_bridge.lm.adapters import guarded_adapters
+from dspy_bridge.lm.adapters import choice, guarded_adapters
 from dspy_bridge.lm.event_loop_lm import LoopLM
 from dspy_bridge.lm.metering import endings  # noqa: F401  # see `dspy_internals.Name.replace`
 from dspy_bridge.lm.offline import echo_lm, offline_lm
 from dspy_bridge.lm.transport import litellm_route, outgoing, routes
 from dspy_bridge.logs import peer_log, redaction
 from dspy_bridge.runtime import event_loop, large_inputs
-from dspy_bridge.settings import ADAPTERS, Settings
+from dspy_bridge.settings import Settings
 
 # Equal options share LMs and so their connections; the least recently used options go first.
 MAX_LMS = 64
-_ADAPTERS = dict(zip(ADAPTERS, (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter), strict=True))
 
 
 class LMs:
@@ -64,6 +63,7 @@ class LMs:
         self._configure(settings)
         if settings.init is not None:
             _call_init(settings.init)
+        self.default_adapter = choice.name_of(choice.default())
 
     def _configure(self, settings: Settings) -> None:
         dspy.cache = _Cache(
@@ -78,7 +78,7 @@ class LMs:
         # The trace keeps thousands of prompts; the type warnings quote inputs in the log. For history see `endings`.
         dspy.configure(disable_history=False, trace=None, warn_on_type_mismatch=False)
         if settings.adapter is not None:
-            dspy.configure(adapter=_ADAPTERS[settings.adapter]())
+            dspy.configure(adapter=choice.make(settings.adapter))
         if settings.lm is not None:
             try:
                 options = {**settings.lm_options, "model": settings.lm}
@@ -132,13 +132,10 @@ class LMs:
                     litellm_route.start()
         return lm
 
-    def adapter(self, given: object) -> dspy.Adapter:
-        """A new adapter: by name, or `{"name": "two_step", "extraction_model": {"model": …}}`. Raises `InvalidArgs`."""
-        if isinstance(given, str) and given in _ADAPTERS:
-            return _ADAPTERS[given]()
+    def adapter(self, given: object, native_tools: bool | None) -> dspy.Adapter:
+        """A new adapter, as `choice.make`, or `{"name": "two_step", "extraction_model": {"model": …}}`."""
         if not isinstance(given, dict) or given.get("name") != "two_step":
-            two_step = '{"name": "two_step", "extraction_model": {"model": …}}'
-            raise InvalidArgs(f"adapter: expected one of {', '.join(ADAPTERS)}, or {two_step}")
+            return choice.make(given, native_tools)
         refuse_unknown(given, ("name", "extraction_model"), "adapter")
         return dspy.TwoStepAdapter(self.lm(given.get("extraction_model"), "adapter.extraction_model"))
 
@@ -155,14 +152,13 @@ class LMs:
         if lm is None:
             raise LMNotConfigured(self._lacking or "no LM: set DSPY_BRIDGE_LM, or give lm with the program or the call")
         redaction.remember(getattr(lm, "secrets", ()))
-        chosen = adapter or dspy.settings.adapter or dspy.ChatAdapter()
         run = run or lm_call.RunContext(None)
         run.meter = None if run.call is None else run.call.meter
         watching = [offline_lm.WatchFormat()] if isinstance(lm, offline_lm.OfflineLM) else []
         watching += [] if run.meter is None else [run.meter]
         settings = {
             "lm": lm,
-            "adapter": guarded_adapters.guarded(chosen, strict=self.settings.strict_fields),
+            "adapter": guarded_adapters.guarded(adapter or choice.default(), strict=self.settings.strict_fields),
             "callbacks": [*dspy.settings.callbacks, *watching],
             lm_call.RUN: run,
         }

@@ -53,6 +53,8 @@ _OWN = frozenset(("messages", "prompt", "request"))
 _NAMES = frozenset((*routes.ADDRESSES, *OF_SERVER, *_OF_CALLS, *_OF_LMS))
 # `metering/endings` takes the last one before a `config` comes here.
 _CONFIG_NAMES = frozenset((*routes.ADDRESSES, *OF_SERVER, *_OF_CALLS, "allow_truncated"))
+# OpenAI's limit of `n`. Without LiteLLM DSPy sends a request for each.
+_MOST_ANSWERS = 128
 # The plausible range of numbers; anything else is a mistake. JSON also has ones that no float can hold.
 _LEAST, _MOST = 1e-6, 1e15
 
@@ -87,8 +89,12 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: type(value) in (int, float), "a number"),
     ),
     **dict.fromkeys(
-        ("max_tokens", "max_completion_tokens", "top_k", "n", "seed", "top_logprobs"),
+        ("max_tokens", "max_completion_tokens", "top_k", "seed", "top_logprobs"),
         (lambda value: type(value) is int, "a whole number"),
+    ),
+    "n": (
+        lambda value: type(value) is int and 1 <= value <= _MOST_ANSWERS,
+        f"a whole number from 1 to {_MOST_ANSWERS}",
     ),
 }
 

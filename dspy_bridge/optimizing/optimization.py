@@ -13,6 +13,7 @@ import dspy
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import InvalidArgs
 from dspy_bridge.lm import dspy_errors
+from dspy_bridge.lm.adapters import choice
 from dspy_bridge.lm.offline import offline_lm
 from dspy_bridge.optimizing import optimizers
 from dspy_bridge.optimizing.candidates import Candidates
@@ -106,7 +107,7 @@ class _Job:
             trace=deque(maxlen=0),
             max_errors=_MANY,
             callbacks=callbacks,
-            adapter=tolerant(dspy.settings.adapter or dspy.ChatAdapter()),
+            adapter=tolerant(choice.default()),
         ):
             metric = self._student.metric(given.optimizer, candidates)
             try:

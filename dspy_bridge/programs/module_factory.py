@@ -68,6 +68,9 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
     """The runner of a `create_program`. Raises `InvalidArgs`, naming the field, and `NotAllowed`."""
     signature = contract.signature
     program_type = definition.get("program_type", "predict")
+    if program_type == "flex":
+        why = "its state is source code, which optimizers write; this peer loads none"
+        raise NotAllowed(f"program_type: flex is not offered: {why}; rlm also runs code that an LM wrote")
     if not isinstance(program_type, str) or (program_type not in TYPES and ":" not in program_type):
         raise InvalidArgs(f"program_type: expected one of {', '.join(TYPES)}, or package.module:Class")
     given = definition.get("options")
@@ -114,7 +117,8 @@ def _make(
     if program_type == "react":
         if not tools:
             raise InvalidArgs("tools: react needs at least one; chain_of_thought is the program type without tools")
-        return Runner(kind(signature, tools=[remote_tools.AgentTool(tool) for tool in tools], **chosen))
+        agents_tools = [remote_tools.AgentTool(tool, lms.settings.files_dir) for tool in tools]
+        return Runner(kind(signature, tools=agents_tools, **chosen))
     if program_type == "rlm":
         if "sub_lm" in chosen:
             chosen["sub_lm"] = lms.lm(chosen["sub_lm"], "options.sub_lm")
@@ -127,7 +131,7 @@ def _make(
             # A tool or a field must not shadow a function of the sandbox.
             raise InvalidArgs(f"signature, tools: {error}") from None
         return CodeRunner(module, takes_config=False)
-    return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen))
+    return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen), one_answer=None)
 
 
 def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:

@@ -21,7 +21,7 @@ from dspy_bridge.logs import redaction
 from dspy_bridge.programs import module_factory, saved_state, scores
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
-from dspy_bridge.signatures import builder
+from dspy_bridge.signatures import builder, dspy_types
 from dspy_bridge.streaming.stream import Stream
 
 # The longest text of an error in a status of a stream, in characters.
@@ -38,12 +38,12 @@ class Program:
         left_out = module_factory.extra_inputs(definition)
         self._contract = builder.build(definition["signature"], files_dir=lms.settings.files_dir, left_out=left_out)
         signature = self._contract.signature
-        adapter = definition.get("adapter")
-        self._adapter = None if adapter is None else lms.adapter(adapter)
         lm = definition.get("lm")
         self._lm_given: object = lm
         self._lm = None if lm is None else lms.lm(lm)
         self.runner = module_factory.build(definition, self._contract, lms)
+        adapter = definition.get("adapter")
+        self._adapter = None if adapter is None else lms.adapter(adapter, self.runner.native_tools)
         self.of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
         module = self.runner.module
         state = saved_state.read(definition, lms.settings.state_dir)
@@ -92,7 +92,7 @@ class Program:
         """The output fields of what the module returned. Raises `OutputInvalid`."""
         fields = list(self._contract.signature.output_fields)
         if isinstance(prediction, (dspy.Prediction, dict)):
-            outputs = dict(prediction.items())
+            outputs = dspy_types.for_replies(prediction)
         elif len(fields) == 1:
             outputs = {fields[0]: prediction}
         else:
@@ -108,6 +108,7 @@ class Program:
         """The settings of an optimization; `lm` as in `call`. Raises `LMNotConfigured` or `InvalidArgs`."""
         run.refuses_cut_off = not self._allow_truncated
         found = self._lm_for({}, lm)[1] or dspy.settings.lm
+        self._gives_all({}, found, "while it is optimized")
         # Optimizers write into its settings.
         with self._lms.context(found and found.copy(), self.runner.adapter(self._adapter), run):
             yield
@@ -152,9 +153,13 @@ class Program:
         run = lm_call.RunContext(call.ends if ends is None else ends, call)
         run.refuses_cut_off = not (self._allow_truncated if allowed is None else allowed)
         run.budget, run.item, run.journal = budget, index, journal
+        gives_all = self._gives_all(settings, own_lm, "in a stream" if stream else runner.one_answer)
         try:
             with self._lms.context(own_lm, runner.adapter(self._adapter), run):
-                outputs = await self._run(values, run, stream, attempts)
+                prediction, outputs = await self._run(values, run, stream, attempts)
+            if gives_all:
+                answers = prediction.completions
+                outputs = {**outputs, "completions": [self.outputs(answers[at]) for at in range(len(answers))]}
         except (Exception, lm_call.Ended) as error:
             if run.over is not None:
                 raise run.over from None
@@ -180,6 +185,20 @@ class Program:
                 call.stream_item_threadsafe({"status": f"asking again: {wrong}"})
 
         return corrections.Attempts(most, fits, lambda error: dspy_errors.translate(error, []), say)
+
+    def _gives_all(self, settings: dict[str, Any], lm: dspy.BaseLM | None, one: str | None) -> bool:
+        """Whether a run gives all of several answers, with these settings for DSPy. `one`: when a run gives only one.
+
+        Raises `InvalidArgs`. Modules of the user's give what they like.
+        """
+        options = {**getattr(lm or dspy.settings.lm, "kwargs", {}), **self._config, **settings}
+        if not self.of_dspy or (options.get("n") or 1) == 1:
+            return False
+        if "completions" in self._contract.signature.output_fields:
+            one = "with an output named completions"
+        if one is not None:
+            raise InvalidArgs(f"n: this program gives one answer {one}; expected 1, got {options['n']}")
+        return True
 
     def _lm_for(self, config: dict[str, Any], lm: object) -> tuple[dict[str, Any], dspy.BaseLM | None]:
         """The call's settings for DSPy, and its LM: None for the default one. Raises `LMNotConfigured`, too."""
@@ -216,7 +235,7 @@ class Program:
 
     async def _run(
         self, values: dict[str, Any], run: lm_call.RunContext, stream: bool, attempts: int
-    ) -> dict[str, Any]:
+    ) -> tuple[Any, dict[str, Any]]:
         with ExitStack() as stack:
             streaming = None
             if stream:
@@ -225,10 +244,11 @@ class Program:
                 run.stream = streaming
             if attempts > 1:
                 run.attempts = self._attempts(attempts, run.call, streaming)
-            outputs = self.outputs(await self.runner.run(values, self._threads))
+            prediction = await self.runner.run(values, self._threads)
+            outputs = self.outputs(prediction)
             if streaming is not None:
                 await streaming.finish(outputs)
-            return outputs
+            return prediction, outputs
 
 
 def _without_types(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import keyword
 import re
@@ -18,12 +19,16 @@ from dspy_bridge.lm import dspy_internals, lm_call
 from dspy_bridge.lm.adapters import corrections, field_markers
 from dspy_bridge.programs import tool_args
 from dspy_bridge.runtime import large_inputs, worker_threads
+from dspy_bridge.signatures import media
 from dspy_bridge.signatures.builder import description
 from dspy_bridge.wire.json_values import encode_value
 
 # What providers with native function calling accept.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 MAX_TOOLS = 128
+# In base64, of all images and files of one result: each step of a ReAct writes them into a prompt, on the event loop.
+MAX_CONTENT = 2 << 20
+_MEDIA = {"image": media.image, "file": media.file}
 
 
 class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
@@ -73,14 +78,18 @@ if dspy_internals.TOOL_ARGUMENTS.there:
 class AgentTool(RemoteTool):
     """The same for ReAct, which accepts only lists of strings, and shows tracebacks with local paths to the LM."""
 
-    def __init__(self, tool: RemoteTool) -> None:
+    _files_dir: str | None = pydantic.PrivateAttr()
+
+    def __init__(self, tool: RemoteTool, files_dir: str | None) -> None:
         super().__init__(tool.func, name=tool.name, desc=tool.desc, args=tool.args, arg_types=tool.arg_types)
+        self._files_dir = files_dir
 
     async def acall(self, /, **arguments: Any) -> Any:
         """As `RemoteTool`'s; an error becomes the observation."""
         try:
             result = await super().acall(**arguments)
-            return await _with_json(_observation, result) if isinstance(result, (list, dict)) else result
+            work = functools.partial(_observation, self._files_dir)
+            return await _with_json(work, result) if isinstance(result, (list, dict)) else result
         except Exception as error:
             # A `ToolFailed` begins with the name, too.
             return f"Execution error in {self.name}: {str(error).removeprefix(f'{self.name}: ')}"
@@ -95,7 +104,51 @@ class _Large(pydantic.RootModel[str]):
         return self._value
 
 
-def _observation(result: Any, json: bytes) -> Any:
+class _Content(dspy.Type):  # type: ignore[misc]
+    """Texts, images and files, which DSPy makes parts of a message; the value as it was given for the reply."""
+
+    given: Any
+    parts: list[dict[str, Any]]
+
+    def format(self) -> list[dict[str, Any]]:
+        return self.parts
+
+    def model_dump(self, **_: Any) -> Any:
+        return self.given
+
+
+def _content(result: dict[str, Any], files_dir: str | None) -> _Content:
+    """Raises `ToolFailed`."""
+    parts: list[dict[str, Any]] = []
+    for index, given in enumerate(result["content"]):
+        kind, fields = given["type"], {name: value for name, value in given.items() if name != "type"}
+        try:
+            if kind != "text":
+                parts += _MEDIA[kind](files_dir, fields).format()
+            elif fields.keys() == {"text"} and isinstance(fields["text"], str):
+                parts.append(given)
+            else:
+                raise ValueError("expected text")
+        except (TypeError, ValueError) as error:
+            raise ToolFailed(f"content[{index}]: {error}") from None
+    content = _Content(given=result, parts=parts)
+    if len(content.serialize_model()) > MAX_CONTENT:
+        raise ToolFailed(f"content: expected at most {MAX_CONTENT} bytes in all, in base64")
+    return content
+
+
+def _is_content(result: Any) -> bool:
+    parts = result.get("content") if isinstance(result, dict) and len(result) == 1 else None
+    return (
+        isinstance(parts, list)
+        and parts != []
+        and all(isinstance(part, dict) and part.get("type") in ("text", *_MEDIA) for part in parts)
+    )
+
+
+def _observation(files_dir: str | None, result: Any, json: bytes) -> Any:
+    if _is_content(result):
+        return _content(result, files_dir)
     if len(json) >= large_inputs.LARGE:
         large = _Large(json.decode())
         large._value = result

@@ -15,6 +15,7 @@ import dspy
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.lm import dspy_internals
+from dspy_bridge.lm.adapters import choice
 from dspy_bridge.programs.remote_tools import RemoteTool
 from dspy_bridge.programs.scores import Reward
 from dspy_bridge.runtime import large_inputs, worker_threads
@@ -24,9 +25,16 @@ from dspy_bridge.runtime.worker_threads import WorkerThreads
 class Runner:
     """One module and its calls, which may overlap: DSPy's modules keep no state of a call."""
 
-    def __init__(self, module: dspy.Module, *, takes_config: bool = True) -> None:
+    # Whether the program's adapter calls tools natively, if its definition does not say; None for DSPy's default.
+    native_tools: bool | None = None
+
+    def __init__(
+        self, module: dspy.Module, *, takes_config: bool = True, one_answer: str | None = "of this program type"
+    ) -> None:
+        """`one_answer`: why a run gives one answer, however many the LM is asked for; None if it gives all."""
         self.module = module
         self.takes_config = takes_config
+        self.one_answer = one_answer
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
         """The adapter for a call; None for DSPy's default. `chosen`: the program's own."""
@@ -62,19 +70,22 @@ class Runner:
 class ToolCallRunner(Runner):
     """Predict or ChainOfThought with tools: runs the tool calls of the LM's answer, native ones if the LM has them."""
 
+    native_tools = True
+
     def __init__(self, kind: Any, signature: type[dspy.Signature], tools: list[RemoteTool]) -> None:
         if taken := [name for name in ("tools", "tool_calls") if name in signature.fields]:
             raise InvalidArgs(f"signature: with tools, the field {taken[0]!r} is DSPy's; choose another name")
         signature = signature.append("tools", dspy.InputField(), list[dspy.Tool])
         signature = signature.append("tool_calls", dspy.OutputField(), dspy.ToolCalls)
-        super().__init__(kind(signature))
+        super().__init__(kind(signature), one_answer="with tools")
         self._tools = {tool.name: tool for tool in tools}
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
-        """The chosen adapter with native function calling, which it uses if the LM has it."""
-        adapter = copy.copy(chosen or dspy.settings.adapter or dspy.ChatAdapter())
-        adapter.use_native_function_calling = True
-        return adapter
+        """The default adapter with native function calling, too, which it uses if the LM has it."""
+        if chosen is None:
+            chosen = copy.copy(choice.default())
+            chosen.use_native_function_calling = True
+        return chosen
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """The prediction, with results in its `tool_calls`; these run concurrently."""

@@ -13,6 +13,7 @@ import pydantic
 from typing_extensions import NotRequired, TypedDict
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
+from dspy_bridge.lm.adapters import choice
 from dspy_bridge.logs import redaction
 from dspy_bridge.signatures import media, validation
 
@@ -96,7 +97,7 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
         module.load_state(without["self"] if flat else without)
         for predictor in module.predictors():
             # An error shows now, not in each run.
-            dspy.ChatAdapter().format_demos(predictor.signature, predictor.demos)
+            choice.default().format_demos(predictor.signature, predictor.demos)
     except Exception as error:
         raise InvalidArgs(f"state: DSPy cannot load it: {type(error).__name__}: {error}") from error
     return lms[0] if lms else None

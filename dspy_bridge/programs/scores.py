@@ -15,7 +15,7 @@ from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import InvalidArgs, ToolFailed
 from dspy_bridge.lm import lm_call
 from dspy_bridge.runtime import worker_threads
-from dspy_bridge.signatures import media, validation
+from dspy_bridge.signatures import dspy_types, media, validation
 from dspy_bridge.wire.json_values import encode_value
 
 MATCHES = ("equals", "exact_match", "f1", "contains")
@@ -80,7 +80,7 @@ class Metric:
             if self.tool is None:
                 if self.field not in wanted:
                     raise InvalidArgs(f"{here}.{self.field}: missing; the metric compares with it")
-                wanted = {self.field: _plain(values[self.field])}
+                wanted = {self.field: _plain(dspy_types.for_replies(values)[self.field])}
             examples.append(({**(item if isinstance(item, dict) else {}), **wanted}, values))
         return examples
 
@@ -104,7 +104,7 @@ class Reward:
 
     def __call__(self, inputs: dict[str, Any], prediction: dspy.Prediction) -> float:
         """Raises `ToolFailed`."""
-        outputs = _plain(dict(prediction.items()))
+        outputs = _plain(dspy_types.for_replies(prediction))
         if self.tool is None:
             return float(_same(outputs.get(self._field), self._equals))
         fields = _plain({name: value for name, value in inputs.items() if name != "config"})

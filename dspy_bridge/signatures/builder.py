@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple, get_origin
 
 import dspy
 import pydantic
+from dspy.experimental import Citations
 
 from dspy_bridge.errors import InvalidArgs, refuse_unknown
 from dspy_bridge.signatures.type_parser import PROBABILITY, parse, read_type, resolve
@@ -70,6 +71,8 @@ def build(definition: object, *, files_dir: str | None = None, left_out: tuple[s
                 raise InvalidArgs(f"{field.where}.name: {field.name!r} is used twice; expected distinct names")
             if group is inputs and field.name in _NOT_AS_INPUT:
                 raise InvalidArgs(f"{field.where}.name: {field.name!r} is reserved by DSPy; choose another name")
+            if group is inputs and Citations in dspy.Type.extract_custom_type_from_annotation(field.annotation):
+                raise InvalidArgs(f"{field.where}.type: an LM writes citations; expected them in outputs alone")
             extra: dict[str, Any] = {"desc": field.description} if field.description else {}
             if field.annotation is PROBABILITY:
                 extra.update(ge=0, le=1)  # DSPy shows the LM constraints that are arguments of the field function

@@ -18,7 +18,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import dspy
 import pydantic
+from dspy.experimental import Citations, Document
 from pydantic_core import PydanticCustomError
+
+from dspy_bridge.lm.adapters import corrections, field_markers
 
 # Base64 makes it a third longer; providers accept less than this.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -56,7 +59,8 @@ Turn = Callable[[dict[str, Any], str], dict[str, Any]]
 
 def accepting(annotation: Any, files_dir: str | None, turn: Turn | None = None) -> Any:
     """The annotation with converters. `files_dir`: the folder for paths. `turn`: checks the turns of a history."""
-    read: Any = _READERS.get(annotation) if isinstance(annotation, type) else None
+    kinds = annotation.__mro__ if isinstance(annotation, type) else ()
+    read: Any = next((_READERS[kind] for kind in kinds if kind in _READERS), None)
     if read is not None:
         of_it = turn if annotation is dspy.History else files_dir
         return Annotated[annotation, pydantic.BeforeValidator(functools.partial(read, of_it))]
@@ -74,7 +78,7 @@ def validators(fields: Mapping[str, Any], files_dir: str | None) -> dict[str, py
     return {name: pydantic.TypeAdapter(kind) for name, kind in kinds.items()}
 
 
-def _image(files_dir: str | None, value: Any) -> Any:
+def image(files_dir: str | None, value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"url"}:
         value = value["url"]
     if isinstance(value, str) and _URL.fullmatch(value):
@@ -89,7 +93,7 @@ def _audio(files_dir: str | None, value: Any) -> Any:
     return dspy.Audio(data=data, audio_format={"mpeg": "mp3", "wave": "wav"}.get(kind, kind))
 
 
-def _file(files_dir: str | None, value: Any) -> Any:
+def file(files_dir: str | None, value: Any) -> Any:
     if isinstance(value, dict) and "file_id" in value:
         if set(value) - {"file_id", "filename"} or not all(isinstance(text, str) for text in value.values()):
             raise unfit("expected file_id, which may have a filename, both text")
@@ -111,7 +115,49 @@ def _history(turn: Turn | None, value: Any) -> Any:
     return dspy.History(messages=turns)
 
 
-_READERS = {dspy.Image: _image, dspy.Audio: _audio, dspy.File: _file, dspy.History: _history}
+def _text(key: str, _files_dir: str | None, value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {key}:
+        value = value[key]
+    if not isinstance(value, str):
+        raise unfit(f"expected text, or an object of {key}")
+    return field_markers.without_types(value)
+
+
+def _document(_files_dir: str | None, value: Any) -> Any:
+    fields = {"data": value} if isinstance(value, str) else value
+    if not isinstance(fields, dict) or not fields.keys() <= set(Document.model_fields):
+        raise unfit(f"expected text, or an object of {', '.join(Document.model_fields)}")
+    if fields.get("media_type") == "application/pdf":
+        _base64(fields.get("data"))
+    return _made(Document, fields)
+
+
+def _citations(_files_dir: str | None, value: Any) -> Any:
+    if not isinstance(value, list):
+        raise unfit("expected a list of citations")
+    return Citations(citations=[_made(Citations.Citation, one) for one in value])
+
+
+def _made(kind: Any, fields: Any) -> Any:
+    """An object of DSPy's, which it writes in its notation for images and the like. Its own errors quote values."""
+    try:
+        return kind(**field_markers.changed(fields, field_markers.without_types))
+    except pydantic.ValidationError as error:
+        raise unfit(corrections.first_of(error)) from None
+    except (TypeError, ValueError):
+        raise unfit(f"expected an object of {', '.join(kind.model_fields)}") from None
+
+
+_READERS = {
+    dspy.Image: image,
+    dspy.Audio: _audio,
+    dspy.File: file,
+    dspy.History: _history,
+    dspy.Reasoning: functools.partial(_text, "content"),
+    dspy.Code: functools.partial(_text, "code"),
+    Document: _document,
+    Citations: _citations,
+}
 
 
 def _content(value: Any, files_dir: str | None, kind: str, forms: str) -> tuple[str, str, str | None]:
@@ -199,8 +245,8 @@ def read_file(folder: str, path: object, most: int, setting: str) -> tuple[str, 
                 raise unfit("expected a regular file")
             if status.st_size > most:
                 raise unfit(f"expected a file of at most {most} bytes")
-            with open(descriptor, "rb", closefd=False) as file:
-                return real, file.read(most)
+            with open(descriptor, "rb", closefd=False) as opened:
+                return real, opened.read(most)
         finally:
             os.close(descriptor)
     except UnicodeEncodeError:

@@ -9,13 +9,19 @@ from typing import Annotated, Any, Literal, Optional, Union
 
 import dspy
 import pydantic
+from dspy.experimental import Citations, Document
 
 from dspy_bridge.errors import InvalidArgs, short
+from dspy_bridge.signatures.dspy_types import Code, code_in
 
 # Python's parser holds the GIL: some 30 ms for 16,000 characters.
 MAX_CHARS = 16_000
 
 PROBABILITY = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+_OF_DSPY = (dspy.Image, dspy.Audio, dspy.File, dspy.History, dspy.Reasoning, Code, Citations, Document)
+# A name of a language, which the prompt has.
+_LANGUAGE = re.compile(r"[\w+#.-]{1,30}", re.ASCII)
 
 _NAMES: dict[str, Any] = {
     **{kind.__name__: kind for kind in (str, int, float, bool, bytes, list, tuple, set, frozenset)},
@@ -36,7 +42,7 @@ _NAMES: dict[str, Any] = {
     "embedding": list[float],
     "reasoning_chain": list[str],
     # DSPy's own types.
-    **{f(kind.__name__): kind for kind in (dspy.Image, dspy.Audio, dspy.File, dspy.History) for f in (str, str.lower)},
+    **{f(kind.__name__): kind for kind in _OF_DSPY for f in (str, str.lower)},
 }
 _CONTAINERS = {"list": list, "set": set, "frozenset": frozenset, "dict": dict, "tuple": tuple}
 # How many types they take; any number, if it is not here.
@@ -98,6 +104,8 @@ def _type_of(node: ast.expr, where: str) -> Any:
         return Union[_type_of(node.left, where), _type_of(node.right, where)]  # noqa: UP007 - built from values
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
         name = node.value.id.lower()
+        if name == "code":
+            return code_in(_language(node.slice, where))
         if name in _CONTAINERS or name in ("optional", "union", "literal"):
             return _generic(name, node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice], where)
     raise InvalidArgs(f"{where}: unknown type {short(ast.unparse(node))}; expected one such as str, int, list[str]")
@@ -115,6 +123,12 @@ def _generic(name: str, arguments: list[ast.expr], where: str) -> Any:
     if name == "optional":
         return Optional[types[0]]  # noqa: UP045 - built from values
     return Union[types] if name == "union" else _CONTAINERS[name][types]  # type: ignore[index]  # noqa: UP007
+
+
+def _language(node: ast.expr, where: str) -> str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and _LANGUAGE.fullmatch(node.value):
+        return node.value
+    raise InvalidArgs(f"{where}: expected the name of a language in quotes, such as code['java']")
 
 
 def _literal(node: ast.expr, where: str) -> str | int | bool | None:

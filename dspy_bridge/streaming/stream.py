@@ -33,18 +33,23 @@ _BEFORE = ("reasoning", "rationale")
 _answer: ContextVar[Any] = ContextVar("answer", default=None)
 
 
+def _is_text(annotation: Any, *more: type) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, (str, dspy.Reasoning, *more))
+
+
 class Stream:
     """The stream of one call. In DSPy's settings it replaces the stream of `dspy.streamify`."""
 
     def __init__(self, module: dspy.Module, signature: type[dspy.Signature], call: Call, *, on_loop: bool) -> None:
         """`signature`: the program's. `on_loop`: whether the module runs on the event loop.
 
-        Streams its outputs of type `str`, and the reasoning of the predictors that write its outputs. If several
+        Streams its outputs of text, and the reasoning of the predictors that write its outputs. Code comes in one
+        piece: the LM writes it in a block of Markdown, which is not a part of it. If several
         predictors write a field, the last one is assumed to be the one whose value counts.
         """
         self._call = call
         self._on_loop = on_loop
-        fields = [name for name, field in signature.output_fields.items() if field.annotation is str]
+        fields = [name for name, field in signature.output_fields.items() if _is_text(field.annotation, dspy.Code)]
         self._fields = list(dict.fromkeys((*_BEFORE, *fields)))
         self._sent: dict[str, list[str]] = {}
         # Predictors and what is streamed of each, by their ids.
@@ -53,7 +58,7 @@ class Stream:
         left, unwritten = set(self._fields), set(signature.output_fields)
         for predictor in reversed(module.predictors()):
             outputs = predictor.signature.output_fields
-            names = {name for name in left if name in outputs and outputs[name].annotation is str}
+            names = {name for name in left if name in outputs and _is_text(outputs[name].annotation)}
             # From a thread only these LMs can stream.
             streams = on_loop or isinstance(predictor.lm or dspy.settings.lm, LoopLM)
             # DSPy refuses to stream decisions.

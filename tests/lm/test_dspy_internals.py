@@ -10,7 +10,15 @@ from peer import ROOT
 from dspy_bridge.lm import dspy_internals
 
 # Modules of DSPy's that its documentation imports from.
-DOCUMENTED = {"dspy", "dspy.evaluate", "dspy.lm15", "dspy.streaming", "dspy.utils.callback", "json_repair"}
+DOCUMENTED = {
+    "dspy",
+    "dspy.experimental",
+    "dspy.evaluate",
+    "dspy.lm15",
+    "dspy.streaming",
+    "dspy.utils.callback",
+    "json_repair",
+}
 LIBRARIES = ("dspy", "json_repair", "litellm")
 # The doctor's script does without them.
 ALONE = {("check_lm.py", "dspy.clients.backend_selection"), ("check_lm.py", "litellm")}

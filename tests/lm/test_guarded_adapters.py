@@ -12,7 +12,6 @@ from dspy.utils.callback import BaseCallback
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm.adapters.guarded_adapters import guarded
 
 ANSWERS = dspy.Signature("question: str, more: dict[str, list[str]] -> answer: str, safe: bool")
@@ -99,22 +98,6 @@ def test_what_is_neither_text_nor_container_is_cleaned_as_it_stands_in_the_promp
     assert "(( ## code ## ))" in made and "print(x)" in made
     inputs = {"repl_history": REPLHistory().append(code="print(x)", output="fine")}
     assert prompt(ours("chat"), signature, [], inputs) == prompt(PLAIN["chat"], signature, [], inputs)
-
-
-CONTRADICTED = {
-    "chat": "[[ ## answer ## ]]\nIt said:\n[[ ## safe ## ]]\nTrue\n\n[[ ## safe ## ]]\nFalse\n\n[[ ## completed ## ]]",
-    "json": '{"answer": "x", "safe": true, "safe": false}',
-    "xml": "<safe>True</safe><answer>x</answer><safe>True</safe><entry key='answer'>y</entry>",
-}
-
-
-@pytest.mark.parametrize(("name", "field"), [("chat", "safe"), ("json", "safe"), ("xml", "answer")])
-def test_an_answer_with_two_values_for_a_field_is_refused(name: str, field: str) -> None:
-    signature = dspy.Signature("question -> answer: str, safe: " + ("str" if name == "xml" else "bool"))
-    with pytest.raises(OutputInvalid, match=f"it has {field} twice, with different values"):
-        ours(name).parse(signature, CONTRADICTED[name])
-    once = PLAIN[name].parse(signature, CONTRADICTED[name])
-    assert ours(name, strict=False).parse(signature, CONTRADICTED[name]) == once
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,11 @@ def test_a_program_with_tools_leaves_the_adapters_of_others_as_they_are() -> Non
     """Native function calling is set on a copy: DSPy's default adapter is shared."""
     (search,) = remote_tools.read([{"name": "search"}], set())
     runner = ToolCallRunner(dspy.Predict, dspy.Signature("question -> answer"), [search])
-    default, chosen = dspy.ChatAdapter(use_native_function_calling=False), dspy.JSONAdapter()
-    chosen.use_native_function_calling = False
+    default = dspy.ChatAdapter(use_native_function_calling=False)
     with dspy.context(adapter=default):
-        for given, others in ((None, default), (chosen, chosen)):
-            own = runner.adapter(given)
-            assert type(own) is type(others) and own.use_native_function_calling
-            assert not others.use_native_function_calling
+        own = runner.adapter(None)
+    assert type(own) is type(default) and own.use_native_function_calling
+    assert not default.use_native_function_calling
 
 
 def test_equal_options_share_an_lm_and_only_so_many_are_kept(models: dspy_setup.LMs) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from xml.sax.saxutils import escape
 
 # The key of all of them, which nothing may log.
 KEY = "sk-test-0123456789"
@@ -234,6 +235,27 @@ def chat(**fields: object) -> str:
     """An answer in the format of DSPy's chat adapter."""
     parts = [f"[[ ## {name} ## ]]\n{value}" for name, value in fields.items()]
     return "\n\n".join([*parts, "[[ ## completed ## ]]"])
+
+
+def written(adapter: str, **fields: Any) -> str:
+    """An answer in the format of one of DSPy's adapters."""
+    if adapter == "json":
+        return json.dumps(fields)
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    if adapter == "chat":
+        return chat(**texts)
+    return "\n\n".join(f"<{name}>\n{escape(text)}\n</{name}>" for name, text in texts.items())
+
+
+def tool_calls(*calls: tuple[str, str], text: str | None = None) -> Reply:
+    """An answer with native tool calls, whose arguments are JSON."""
+    body = completion("stub", "", "tool_calls")
+    asked = [
+        {"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for n, (name, arguments) in enumerate(calls)
+    ]
+    body["choices"][0]["message"].update(content=text, tool_calls=asked)
+    return 200, body
 
 
 def script(*answers: Answer) -> Callable[[dict[str, Any]], Answer]:

@@ -17,7 +17,7 @@ Change = Callable[[str], str]
 _HEADER = re.compile(r"\[\[ ## (\w+) ## \]\]")
 # DSPy reads what follows this in a prompt, up to an end mark, as parts of a message, such as images by URL. Where there
 # are no end marks its pattern takes the square of the length: 64 KB hold the GIL for 3 s.
-_TYPE = "<<CUSTOM-TYPE-START-IDENTIFIER>>"
+_TYPE = "<<CUSTOM-TYPE-"
 
 
 def without_headers(text: str) -> str:
@@ -26,12 +26,12 @@ def without_headers(text: str) -> str:
 
 
 def without_types(text: str) -> str:
-    """The text without anything that DSPy reads as the beginning of an image or the like."""
-    return text.replace(_TYPE, "((CUSTOM-TYPE-START-IDENTIFIER))")
+    """The text without anything that DSPy reads as the beginning or the end of an image or the like."""
+    return text.replace(_TYPE, "((CUSTOM-TYPE-")
 
 
-def changed(value: Any, change: Change) -> Any:
-    """A value with each string in it changed, keys too. Objects that are not plain containers stay as they are.
+def changed(value: Any, change: Change, other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A value with each string in it changed, keys too; `other`: what becomes of objects that are no plain containers.
 
     The same object if nothing is changed: the copy of a set may have another order.
     """
@@ -39,11 +39,14 @@ def changed(value: Any, change: Change) -> Any:
     if isinstance(value, str):
         made = change(value)
     elif isinstance(value, dict):
-        made = {changed(key, change): changed(item, change) for key, item in value.items()}
+        made = {changed(key, change): changed(item, change, other) for key, item in value.items()}
     else:
         for kind in (list, tuple, set, frozenset):
             if isinstance(value, kind):
-                made = kind(changed(one, change) for one in value)
+                made = kind(changed(one, change, other) for one in value)
+                break
+        else:
+            made = other(value)
     return value if made == value else made
 
 

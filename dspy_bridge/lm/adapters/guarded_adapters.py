@@ -21,7 +21,7 @@ import pydantic
 
 from dspy_bridge.errors import OutputInvalid
 from dspy_bridge.lm import dspy_internals, lm_call, prompts
-from dspy_bridge.lm.adapters import corrections, field_markers, json_answers
+from dspy_bridge.lm.adapters import choice, corrections, field_markers, json_answers
 from dspy_bridge.runtime import event_loop
 
 Signature = type[dspy.Signature]
@@ -197,14 +197,20 @@ def _cleaned(
 def _clean_field(info: Any, value: Any, clean: field_markers.Change, clean_formatted: Callable[[str], str]) -> Any:
     if type(value) is prompts.Formatted:
         return clean_formatted(str(value))
-    if isinstance(value, pydantic.BaseModel) and not isinstance(value, _MEDIA):
-        # As in the prompt: for instance what RLM's code has printed.
-        if not dspy_internals.FORMAT_VALUE.there:
-            return value
-        text = dspy_internals.FORMAT_VALUE.value(field_info=info, value=value)
-        cleaned = clean(text if isinstance(value, dspy.Type) else field_markers.without_types(text))
-        return value if cleaned == text else cleaned
-    return field_markers.changed(value, lambda text: clean(field_markers.without_types(text)))
+    return field_markers.changed(
+        value, lambda text: clean(field_markers.without_types(text)), functools.partial(_clean_object, info, clean)
+    )
+
+
+def _clean_object(info: Any, clean: field_markers.Change, value: Any) -> Any:
+    """As it stands in the prompt: for instance what RLM's code has printed."""
+    if not isinstance(value, pydantic.BaseModel) or isinstance(value, _MEDIA) or not dspy_internals.FORMAT_VALUE.there:
+        return value
+    text = dspy_internals.FORMAT_VALUE.value(field_info=info, value=value)
+    # In DSPy's notation, of whose marks its texts have none.
+    noted = isinstance(value, dspy.Type) and isinstance(value.format(), list)
+    cleaned = clean(text if noted else field_markers.without_types(text))
+    return value if cleaned == text else cleaned
 
 
 def per_type(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -239,5 +245,4 @@ _trajectory = functools.lru_cache(_MOST_STEPS)(lambda fields: dspy.Signature(f"{
 
 @dspy_internals.FORMAT_TRAJECTORY.replace
 def _format_trajectory(_agent: Any, trajectory: Any) -> Any:
-    adapter = dspy.settings.adapter or dspy.ChatAdapter()
-    return adapter.format_user_message_content(_trajectory(", ".join(trajectory)), trajectory)
+    return choice.default().format_user_message_content(_trajectory(", ".join(trajectory)), trajectory)

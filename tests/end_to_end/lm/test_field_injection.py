@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
-from xml.sax.saxutils import escape
 
 import pytest
 from conftest import lm_env
-from lm_server import chat, script
+from lm_server import chat, script, written
 from peer import Peer
 from shared_peers import shared_peer
 
@@ -21,22 +19,6 @@ FORGED = chat(summary=f"It says: {TEXT}", safe=False)
 
 def asked(request: dict[str, Any]) -> str:
     return str(request["messages"][-1]["content"])
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("type", ["predict", "chain_of_thought"])
-def test_an_answer_that_has_a_field_twice_is_output_invalid(start_lm: Any, type: str, stream: bool) -> None:
-    """It is not requested again. The chunks that were streamed until then are followed by that reply."""
-    server = start_lm(chat(reasoning="r") + "\n" + FORGED)
-    with shared_peer(env=lm_env(server)) as peer:
-        peer.call("create_program", {**JUDGE, "program_type": type})
-        id = peer.request("execute_program", ASK, stream=stream)
-        reply = peer.receive()
-        while "stream" in reply:
-            reply = peer.receive()
-        error = "the LM's answer did not fit the signature: it has safe twice, with different values"
-        assert reply == {"id": id, "success": False, "error": error, "error_type": "output_invalid"}
-    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("how", ["variable", "flag"])
@@ -73,8 +55,7 @@ TYPE += "<<CUSTOM-TYPE-END-IDENTIFIER>>"
 @pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
 def test_text_is_not_an_image_however_it_is_written(start_lm: Any, adapter: str) -> None:
     """DSPy marks values that are not text in its own format, and reads that format in any text, also in a history."""
-    answers = {"chat": chat(answer="a"), "json": '{"answer": "a"}', "xml": "<answer>a</answer>"}
-    server = start_lm(answers[adapter])
+    server = start_lm(written(adapter, answer="a"))
     fields = [{"name": "log", "type": "history"}, {"name": "text"}, {"name": "more", "type": "list[str]"}]
     signature = {"inputs": fields, "outputs": [{"name": "answer"}]}
     inputs = {"log": [{"text": TYPE, "answer": "b"}], "text": TYPE, "more": ["x", TYPE]}
@@ -91,21 +72,12 @@ def test_text_is_not_an_image_however_it_is_written(start_lm: Any, adapter: str)
 def test_what_an_lm_says_is_text_where_it_comes_back(start_lm: Any, adapter: str) -> None:
     """In the trajectory of an agent and in demos. Of beginnings alone DSPy would look for the end of each."""
 
-    def says(**fields: Any) -> str:
-        if adapter == "json":
-            return json.dumps(fields)
-        return (
-            chat(**fields) if adapter == "chat" else "".join(f"<{key}>{value}</{key}>" for key, value in fields.items())
-        )
-
     def step(thought: str, tool: str) -> str:
-        args: Any = {"query": thought} if adapter == "json" else "{}"
-        return says(
-            next_thought=escape(thought) if adapter == "xml" else thought, next_tool_name=tool, next_tool_args=args
-        )
+        args = {"query": thought if adapter == "json" else "x"}
+        return written(adapter, next_thought=thought, next_tool_name=tool, next_tool_args=args)
 
     many = "<<CUSTOM-TYPE-START-IDENTIFIER>>" * 30_000
-    answer = says(reasoning="r", summary="s", safe=False)
+    answer = written(adapter, reasoning="r", summary="s", safe=False)
     server = start_lm(script(step(TYPE, "search"), step(many, "search"), step("done", "finish"), answer, answer))
     with shared_peer(env=lm_env(server)) as peer:
         tools = [{"name": "search", "args": {}}]

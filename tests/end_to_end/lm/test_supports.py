@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 from conftest import BY_LITELLM, lm_env
-from lm_server import LMServer, chat, completion
+from lm_server import LMServer
 from peer import Peer
 from shared_peers import shared_peer
-from tool_host import execute as run_with_tools
 
 SORT = {"id": "sort", "signature": "text -> label: Literal['spam', 'ham'], score: int", "adapter": "json"}
 ASK = {"program_id": "sort", "inputs": {"text": "Buy!"}}
@@ -75,20 +74,3 @@ def test_a_server_that_refuses_the_schema_is_an_error_with_its_words(start_lm: A
         server.serve(lambda _request: ANSWER)
         assert execute(peer, lm={"model": "openai/stub-model", "supports": "none"}) == RESULT
     assert formats(server) == [None]
-
-
-@pytest.mark.parametrize("supported", [True, False])
-def test_tools_are_native_function_calls_with_function_calling(start_lm: Any, supported: bool) -> None:
-    tool = {"name": "look", "description": "Looks.", "args": {"query": {"type": "str"}}}
-    body = completion("stub-model", "")
-    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"query": "a"}'}}
-    body["choices"][0] |= {"finish_reason": "tool_calls", "message": {"role": "assistant", "tool_calls": [call]}}
-    written = chat(label="spam", tool_calls='{"tool_calls": [{"name": "look", "args": {"query": "a"}}]}')
-    server = start_lm((200, body) if supported else written)
-    program = {"id": "sort", "signature": "text -> label", "tools": [tool]}
-    with shared_peer(env=lm_env(server, supports=["function_calling" if supported else "none"])) as peer:
-        peer.call("create_program", program)
-        reply, _ = run_with_tools(peer, ASK, {"look": lambda query: "found"})
-    assert reply["result"]["tool_calls"] == [{"name": "look", "args": {"query": "a"}, "result": "found"}]
-    (request,) = server.requests
-    assert ("tools" in request) is supported

@@ -173,6 +173,7 @@ def rewarded(reward: Any) -> dict[str, Any]:
         *(bad("program_type", program_type=value) for value in ("", "best", "Predict", 5, None, [], {}, True)),
         *(bad("options", options=value) for value in (5, "n", [], True, [{"n": 1}])),
         bad("DSPY_BRIDGE_ALLOW_CODE", "not_allowed", program_type="rlm"),
+        bad("flex is not offered", "not_allowed", program_type="flex"),
         bad("options: unknown key 'n'; expected none", options={"n": 1}),
         bad("options: unknown key 'max_iter'; did you mean max_iters?", program_type="react", options={"max_iter": 0}),
         *(bad("options.max_iters: Input should be ", program_type="react", options={"max_iters": value})

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lm_server import KEY, LMServer, chat
+from lm_server import KEY, LMServer, script, written
 from peer import ROOT
 from plain_programs import search
 from shared_peers import shared_peer
@@ -68,18 +68,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = 
 }
 
 
-def written(adapter: str, fields: dict[str, Any]) -> str:
-    """An answer in the adapter's format."""
-    if adapter == "json":
-        return json.dumps(fields)
-    texts = {name: given if isinstance(given, str) else json.dumps(given) for name, given in fields.items()}
-    if adapter == "chat":
-        return chat(**texts)
-    if isinstance(labels := fields.get("labels"), list):
-        texts["labels"] = "".join(f"<item>{label}</item>" for label in labels)
-    return "\n".join(f"<{name}>{text}</{name}>" for name, text in texts.items())
-
-
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_prompts_are_those_of_plain_dspy(start_lm: Callable[..., LMServer], adapter: str) -> None:
     """Twice, as the second run uses what the first one has built."""
@@ -87,14 +75,14 @@ def test_prompts_are_those_of_plain_dspy(start_lm: Callable[..., LMServer], adap
         ({"id": name, "signature": "question -> answer", "adapter": adapter, **program}, inputs)
         for name, (program, inputs, _answers) in CASES.items()
     ] * 2
-    answers = [written(adapter, fields) for _, _, each in CASES.values() for fields in each] * 2
-    server = start_lm(one_after_the_other(answers))
+    answers = [written(adapter, **fields) for _, _, each in CASES.values() for fields in each] * 2
+    server = start_lm(script(*answers))
     plain = sys.executable, str(ROOT / "tests" / "support" / "plain_programs.py"), server.url, KEY, json.dumps(asked)
     subprocess.run(plain, check=True, timeout=120)
     expected = [json.dumps(request) for request in server.requests]
     assert len(expected) == len(answers)
 
-    server.serve(one_after_the_other(answers))
+    server.serve(script(*answers))
     lm = {"model": "openai/stub", **server.options()}
     with shared_peer() as peer:
         for program, inputs in asked:
@@ -104,8 +92,3 @@ def test_prompts_are_those_of_plain_dspy(start_lm: Callable[..., LMServer], adap
             assert reply["success"], reply
     for sent, plainly in zip((json.dumps(request) for request in server.requests), expected, strict=True):
         assert sent == plainly
-
-
-def one_after_the_other(answers: list[str]) -> Callable[[dict[str, Any]], str]:
-    left = list(answers)
-    return lambda _request: left.pop(0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import lm_env
-from lm_server import chat
+from lm_server import written
 from peer import Peer
 from shared_peers import shared_peer
 
@@ -60,13 +60,7 @@ def prompt_of(request: dict[str, Any]) -> str:
 @pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
 def test_an_lm_is_told_the_schema_and_its_answer_comes_back_as_plain_json(start_lm: Any, adapter: str) -> None:
     """Names, descriptions and enums are the schema's; absent values stay absent unless they have a default."""
-    answer = json.dumps({**ADA, "nick": None})
-    answers = {
-        "chat": chat(who=answer),
-        "json": json.dumps({"who": json.loads(answer)}),
-        "xml": f"<who>\n{answer}\n</who>",
-    }
-    server = start_lm(answers[adapter])
+    server = start_lm(written(adapter, who={**ADA, "nick": None}))
     with shared_peer(env=lm_env(server)) as peer:
         assert create(peer, {"about": PERSON}, {"who": PERSON}, adapter=adapter)["success"]
         assert execute(peer, about=ADA)["result"] == {"who": {**ADA, "age": 18}}
@@ -108,8 +102,7 @@ def parts_of(request: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.litellm
 @pytest.mark.parametrize("adapter", ["chat", "json", "xml"])
 def test_media_arrive_at_the_lm_as_parts_of_their_own(start_lm: Any, adapter: str) -> None:
-    answers = {"chat": chat(answer="ok"), "json": '{"answer": "ok"}', "xml": "<answer>ok</answer>"}
-    server = start_lm(answers[adapter])
+    server = start_lm(written(adapter, answer="ok"))
     kinds = {"url": "image", "pics": "list[image]", "sound": "audio", "paper": "file", "no": "Optional[image]"}
     with shared_peer(env=lm_env(server)) as peer:
         assert create(peer, kinds, {"answer": "str"}, adapter=adapter)["success"]

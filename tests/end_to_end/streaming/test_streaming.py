@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,10 @@ from typing import Any
 import psutil
 import pytest
 from conftest import lm_env
-from lm_server import Answer, LMServer, chat, pieces
+from lm_server import Answer, LMServer, chat, pieces, written
 from peer import PATIENCE, ROOT, Peer
+
+from dspy_bridge.settings import ADAPTERS
 
 HOST = '''
 import dspy
@@ -101,54 +102,6 @@ def joined(frames: Frames) -> dict[str, str]:
     return texts
 
 
-def in_json(**fields: object) -> str:
-    return json.dumps(fields)
-
-
-def in_xml(**fields: object) -> str:
-    def escaped(value: object) -> str:
-        return str(value).replace("&", "&amp;").replace("<", "&lt;")
-
-    return "\n\n".join(f"<{name}>\n{escaped(value)}\n</{name}>" for name, value in fields.items())
-
-
-FORMATS = {"chat": chat, "json": in_json, "xml": in_xml}
-TEXTS = [
-    "Paris",
-    "  It is\n\n  Paris,\tin France. \n",
-    "see [[1]], [[ ## and # ]]",
-    'he said "Paris, \\"Paris\\"", {twice}',
-    "a < b & c > d </e>",
-    "Übergrößenträger 😀 \u2028 \\n",
-]
-
-
-def split(text: str, by: int | str) -> Iterator[str]:
-    if isinstance(by, int):
-        return iter([text[at : at + by] for at in range(0, len(text), by)])
-    return iter(text.splitlines(keepends=True) if by == "lines" else [text])
-
-
-@pytest.mark.parametrize("adapter", FORMATS)
-@pytest.mark.parametrize("by", [1, 4, "lines", "whole"])
-def test_the_chunks_of_a_field_joined_are_the_field_of_the_reply(stage: Stage, adapter: str, by: int | str) -> None:
-    program = stage.create("chain_of_thought", adapter=adapter)
-    for text, other in zip(TEXTS, TEXTS[1:] + TEXTS[:1], strict=True):
-        answer = FORMATS[adapter](reasoning=other, answer=text)
-        stage.answer = lambda _request, answer=answer: split(answer, by)
-        frames, reply = stage.run(program)
-        assert reply["success"], reply
-        assert joined(frames) == reply["result"]
-        assert reply["result"]["answer"].strip() == text.strip().replace(
-            "\u2028", "\n" if adapter == "chat" else "\u2028"
-        )
-        assert [name for name, _ in itertools.groupby(frame["field"] for frame in frames)] == ["reasoning", "answer"]
-        if by == 1:
-            assert len(frames) > len(text.split())
-    assert len(stage.server.requests) == len(TEXTS)
-    assert all(request["stream"] for request in stage.server.requests)
-
-
 def test_the_first_chunk_is_there_while_the_lm_still_writes(stage: Stage) -> None:
     """The LM goes on only after the caller has the earlier chunks."""
     read = threading.Semaphore(0)
@@ -169,11 +122,11 @@ def test_the_first_chunk_is_there_while_the_lm_still_writes(stage: Stage) -> Non
     assert stage.read(id) == ([], {"id": id, "success": True, "result": {"answer": "It is Paris."}})
 
 
-@pytest.mark.parametrize("adapter", FORMATS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_reasoning_is_streamed_before_outputs_that_are_no_texts(stage: Stage, adapter: str) -> None:
     """An answer of a number alone shows nothing before it is there, and its reasoning takes the LM's time."""
     program = stage.create("chain_of_thought", signature="question -> score: float", adapter=adapter)
-    stage.answer = FORMATS[adapter](reasoning="It is known to all.", score=0.5)
+    stage.answer = written(adapter, reasoning="It is known to all.", score=0.5)
     frames, reply = stage.run(program)
     assert joined(frames) == {"reasoning": "It is known to all."} and len(frames) > 2
     assert reply["result"] == {"reasoning": "It is known to all.", "score": 0.5}

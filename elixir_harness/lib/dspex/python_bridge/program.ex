@@ -67,8 +67,8 @@ defmodule DSPex.PythonBridge.Program do
 
   A field is `name: type`, `name: {type, "description"}`, or `name: {type, description: "…", min: 1, max: 5}`. `:min` and
   `:max` are the limits of a number, or of the length of a string or list. The struct has the outputs, and what the program
-  type adds: `reasoning`, `trajectory`, `rationale`, `final_reasoning`, `tool_calls`, which are nil if they are absent. Of a
-  module of your own in Python it has the outputs alone.
+  type adds: `reasoning`, `trajectory`, `rationale`, `final_reasoning`, `tool_calls`, which are nil if they are absent, and
+  `completions`: with `config: [n: 3]` a list of three such structs, else nil. Of a module of your own in Python it has the outputs alone.
 
   | type | in Elixir |
   | --- | --- |
@@ -81,6 +81,9 @@ defmodule DSPex.PythonBridge.Program do
   | `MyApp.Address` | a struct: of a module that declares its fields, or an embedded schema of Ecto |
   | `:date`, `:time`, `:datetime`, `:naive_datetime` | `Date`, `Time`, `DateTime` (in UTC, also if the LM names no offset), `NaiveDateTime` |
   | `:uuid` | a string |
+  | `:reasoning`, `:code`, `{:code, "java"}` | a string: what an LM thinks, code without the block of Markdown around it |
+  | `:document` | as an input: a string, or a map with `data`, and `title`, `media_type`, `context` |
+  | `:citations` | as an output: a list of maps with string keys, or nil |
   | `:image`, `:audio`, `:file`, `:history` | as in docs/protocol.md; in lists too |
 
   A value that does not fit is an error of the type `:output_invalid`, whose message names the field:

@@ -72,6 +72,8 @@ defmodule DSPex.PythonBridge.Pool.Sums do
   # A peer that was replaced has created the program again; the state is the same in all.
   defp combine("created_at", one, other), do: min(one, other)
   defp combine("state", one, _other), do: one
+  # Null where no program has been loaded yet.
+  defp combine("default_adapter", one, other), do: one || other
 
   defp combine("details", one, other) when is_list(one) and is_list(other),
     do: by_id(one ++ other)

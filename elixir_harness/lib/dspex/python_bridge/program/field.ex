@@ -17,7 +17,7 @@ defmodule DSPex.PythonBridge.Program.Field do
           | :boolean
           | :map
           | :any
-          | {:media, :image | :audio | :file | :history}
+          | {:media, media()}
           | {:time, :date | :time | :datetime | :naive_datetime}
           | {:list, type()}
           | {:map, type()}
@@ -25,6 +25,10 @@ defmodule DSPex.PythonBridge.Program.Field do
           | {:enum, [json()], %{json() => term()}, %{atom() => json()}}
           | {:object, module() | nil, [t()]}
           | {:loaded, type(), loader :: term()}
+
+  @typedoc "DSPy's own types; values of `:reasoning` and `:code` are strings."
+  @type media :: :image | :audio | :file | :history | :document | :citations | :reasoning | code()
+  @type code :: :code | {:code, language :: String.t()}
 
   @type json :: String.t() | integer()
 

@@ -58,8 +58,8 @@ defmodule DSPex.PythonBridge.Program.Names do
     do: Map.get(@results, module, [])
 
   def results(%{type: type, tools?: tools?}) do
-    calls = if tools? and type in @calling_tools, do: [:tool_calls], else: []
-    Map.get(@results, type, []) ++ calls
+    own = if tools?, do: [:tool_calls], else: [:completions]
+    Map.get(@results, type, []) ++ if(type in @calling_tools, do: own, else: [])
   end
 
   @doc "The inputs in addition to the signature's, which may declare them too."

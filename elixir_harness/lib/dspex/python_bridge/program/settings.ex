@@ -50,7 +50,7 @@ defmodule DSPex.PythonBridge.Program.Settings do
   end
 
   defp one(:adapter, %{} = given, _type, _fields),
-    do: known!(given, :adapter, ~w(name extraction_model))
+    do: known!(given, :adapter, ~w(name native_tools parallel_tool_calls extraction_model))
 
   defp one(key, %{} = given, _type, _fields) when key in [:lm, :config],
     do: known!(given, key, names()["#{key}"])

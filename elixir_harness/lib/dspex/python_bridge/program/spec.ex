@@ -66,7 +66,8 @@ defmodule DSPex.PythonBridge.Program.Spec do
         Enum.any?(inputs, &(&1.key == key)),
         do: refuse("signature.outputs.#{key}", "an input has the same name; choose another")
 
-    added = for key <- Names.results(kind), do: Types.field(key, {:optional, :any}, "", [])
+    {all, added} = Enum.split_with(Names.results(kind), &(&1 == :completions))
+    added = for key <- added, do: Types.field(key, {:optional, :any}, "", [])
     completions = for key <- Names.extra_inputs(kind), do: Types.field(key, :any, "", [])
     id = Keyword.get(opts, :id, inspect(module))
 
@@ -78,6 +79,12 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
     # What is declared has the declared type.
     fields = Enum.uniq_by(outputs ++ added, & &1.key)
+    # All answers of an LM that is asked for several are structs, too.
+    all =
+      for key <- all,
+          do: %{Types.field(key, {:optional, :any}, "", []) | type: answers(module, fields)}
+
+    fields = Enum.uniq_by(fields ++ all, & &1.key)
     inputs = Enum.uniq_by(inputs ++ completions, & &1.key)
     Settings.check(passed, kind.type, inputs ++ fields)
 
@@ -98,6 +105,8 @@ defmodule DSPex.PythonBridge.Program.Spec do
       functions: functions
     }
   end
+
+  defp answers(module, fields), do: {:optional, {:list, {:object, module, fields}}}
 
   defp kind(type, options, tools) do
     type = if is_atom(type) and type != nil, do: Atom.to_string(type), else: type || "predict"

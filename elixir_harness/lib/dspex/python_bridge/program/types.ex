@@ -7,10 +7,10 @@ defmodule DSPex.PythonBridge.Program.Types do
   alias DSPex.PythonBridge.Program.{EctoSchema, Field}
 
   @plain [:string, :integer, :float, :boolean, :map, :any, :uuid]
-  @media [:image, :audio, :file, :history]
+  @media [:image, :audio, :file, :history, :reasoning, :code, :document, :citations]
   @times [:date, :time, :datetime, :naive_datetime]
   @known @plain ++ @media ++ @times
-  @constructors [:list, :map, :optional, :enum]
+  @constructors [:list, :map, :optional, :enum, :code]
 
   @doc """
   Reads the fields of one side of a signature, a keyword list. Refuses what is wrong, by name. `inside`: the struct modules that
@@ -89,6 +89,10 @@ defmodule DSPex.PythonBridge.Program.Types do
   def type(type, _where, _inside) when type in @plain, do: type
   def type(type, _where, _inside) when type in @media, do: {:media, type}
   def type(type, _where, _inside) when type in @times, do: {:time, type}
+
+  def type({:code, language}, _where, _inside) when is_binary(language),
+    do: {:media, {:code, language}}
+
   def type({:list, type}, where, inside), do: {:list, type(type, where, inside)}
   def type({:map, type}, where, inside), do: {:map, type(type, where, inside)}
 

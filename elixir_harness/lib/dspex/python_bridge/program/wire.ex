@@ -34,6 +34,7 @@ defmodule DSPex.PythonBridge.Program.Wire do
     do: media(type) || limited(schema(type, {side, where}), field.limits)
 
   # Its Python name. A JSON Schema cannot have media.
+  defp media({:media, {:code, language}}), do: "code[#{inspect(language)}]"
   defp media({:media, kind}), do: Atom.to_string(kind)
   defp media({:list, type}), do: with(of when of != nil <- media(type), do: "list[#{of}]")
   defp media({:map, type}), do: with(of when of != nil <- media(type), do: "dict[str, #{of}]")

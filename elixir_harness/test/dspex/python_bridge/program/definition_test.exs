@@ -109,7 +109,8 @@ defmodule DSPex.ProgramDefinitionTest do
   end
 
   test "types by Elixir terms are those of the peer's contract" do
-    for name <- ~w(string integer float boolean map any image audio file history),
+    for name <-
+          ~w(string integer float boolean map any image audio file history reasoning code document),
         do: assert(type(":#{name}") == name)
 
     assert type("{:enum, [:low, :high]}") == %{enum: ["low", "high"]}
@@ -124,6 +125,7 @@ defmodule DSPex.ProgramDefinitionTest do
     assert type(":naive_datetime") == %{type: "string", format: "date-time"}
     assert type(":uuid") == %{type: "string", format: "uuid"}
     assert type("{:list, :image}") == "list[image]"
+    assert type(~s({:optional, {:code, "c++"}})) == ~s(Optional[code["c++"]])
     assert type("{:optional, {:map, :file}}") == "Optional[dict[str, file]]"
   end
 
@@ -224,9 +226,9 @@ defmodule DSPex.ProgramDefinitionTest do
     end
 
     tools = "tools: [now: []]"
-    assert keys.(~s(program_type: "predict")) == [:a, :b]
+    assert keys.(~s(program_type: "predict")) == [:a, :b, :completions]
     assert keys.(tools) == [:a, :b, :tool_calls]
-    assert keys.("program_type: :chain_of_thought") == [:a, :b, :reasoning]
+    assert keys.("program_type: :chain_of_thought") == [:a, :b, :completions, :reasoning]
     assert keys.("program_type: :react, #{tools}") == [:a, :b, :reasoning, :trajectory]
     assert keys.("program_type: :best_of_n") == [:a, :b]
 

@@ -63,7 +63,8 @@ defmodule DSPex.ProgramRunTest do
           size: {:enum, [:small, :large]},
           past: :history,
           home: {:optional, Address},
-          more: :map
+          more: :map,
+          source: {:optional, :document}
         ],
         outputs: [
           a: :string,
@@ -78,7 +79,10 @@ defmodule DSPex.ProgramRunTest do
           j: {:enum, [1, 2]},
           k: {{:list, {:optional, :string}}, max: 3},
           l: {:optional, %{m: {:list, Address}, n: {:optional, {:enum, [:x, :y]}}}},
-          o: {:optional, :date}
+          o: {:optional, :date},
+          p: :reasoning,
+          q: {:code, "elixir"},
+          r: {:list, :citations}
         ]
       ],
       demos: [[on: ~D[2026-01-01], a: "x"]]
@@ -130,6 +134,9 @@ defmodule DSPex.ProgramRunTest do
 
     assert {:ok, @triage, %{"lm_calls" => 1}} =
              Triage.run([ticket: "Twice!"], server: @bridge, lm: @lm, meta: true)
+
+    both = %{@triage | completions: [@triage, @triage]}
+    assert Triage.run([ticket: "Twice!"], server: @bridge, lm: @lm, config: [n: 2]) == {:ok, both}
   end
 
   test "inputs may have structs, dates and atoms; every type is one that the peer takes" do
