@@ -109,7 +109,11 @@ class ProgramLoader:
 
         if definition.get("lazy"):
             arguments.check_create(definition)
-        return Program(definition, self._lms, self._threads)
+        try:
+            return Program(definition, self._lms, self._threads)
+        except SystemError:
+            # Two threads parsed Python at once: python/cpython issue 106905, up to 3.11.
+            return Program(definition, self._lms, self._threads)
 
     def _load_dspy(self) -> LMs:
         try:

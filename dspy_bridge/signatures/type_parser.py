@@ -74,14 +74,11 @@ def parse(code: str, where: str, mode: str, shown: str) -> Any:
     if len(code) > MAX_CHARS:
         raise InvalidArgs(f"{where}: expected at most {MAX_CHARS} characters; a signature may be an object instead")
     code = _STRING_OR_OTHER.sub(lambda found: found[1] or _BRACKETS.get(found[0], ""), code)
-    while True:
-        try:
-            return ast.parse(code, mode=mode)
-        except SystemError:
-            continue  # two threads parse at once: python/cpython issue 106905, up to 3.11
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            text = f"{where}: {short(shown)} cannot be read; expected a type such as str or list[int]"
-            raise InvalidArgs(text) from None
+    try:
+        return ast.parse(code, mode=mode)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        text = f"{where}: {short(shown)} cannot be read; expected a type such as str or list[int]"
+        raise InvalidArgs(text) from None
 
 
 def resolve(node: ast.expr, where: str) -> Any:

@@ -74,3 +74,17 @@ def test_an_import_that_fails_leaves_collections_on(thawed: None, monkeypatch: p
     with pytest.raises(ImportError):
         _import.__wrapped__()
     assert gc.isenabled()
+
+
+def test_a_program_is_built_again_if_python_parses_in_two_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = [SystemError("AST constructor recursion depth mismatch"), "the program"]
+
+    def program(*_: Any) -> Any:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(ProgramLoader, "_load_dspy", lambda _: "the LMs")
+    monkeypatch.setattr("dspy_bridge.programs.program.Program", program)
+    assert ProgramLoader(Settings({}), WorkerThreads())._make({}) == "the program"
