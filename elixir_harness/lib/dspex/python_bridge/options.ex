@@ -76,11 +76,11 @@ defmodule DSPex.PythonBridge.Options do
 
   defp unsealed(opts), do: each_secret(opts, &if(is_function(&1, 0), do: &1.(), else: &1))
 
-  # Wrong options are refused by new/1.
+  # What is no keyword list may have secrets anywhere; new/1 refuses it.
   defp each_secret(opts, fun) do
     if Keyword.keyword?(opts),
       do: for({key, value} <- opts, do: {key, if(key in @secret, do: fun.(value), else: value)}),
-      else: opts
+      else: fun.(opts)
   end
 
   defp sealed(value), do: fn -> value end

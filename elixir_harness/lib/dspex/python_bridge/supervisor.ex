@@ -57,10 +57,12 @@ defmodule DSPex.PythonBridge.Supervisor do
 
   # The supervisor keeps them in its state, and its own supervisor in a child specification: both are printed in reports.
   defp seal(opts) do
-    Enum.map(Options.seal(opts), fn
-      {:bridge, bridge} -> {:bridge, Options.seal(bridge)}
-      other -> other
-    end)
+    with sealed when is_list(sealed) <- Options.seal(opts) do
+      Enum.map(sealed, fn
+        {:bridge, bridge} -> {:bridge, Options.seal(bridge)}
+        other -> other
+      end)
+    end
   end
 
   @impl Supervisor

@@ -150,6 +150,15 @@ defmodule DSPex.PythonBridge.OptionsTest do
     refute inspect(Bridge.child_spec(opts), limit: :infinity) =~ "sk-secret"
     assert {:ok, sealed} = Options.new(Options.seal(opts))
     assert sealed.env.() == options.env.()
+
+    for wrong <- [Map.new(opts), ["more" | opts]] do
+      for server <- [Bridge, Pool] do
+        %{start: {server, :start_link, [sealed]}} = server.child_spec(wrong)
+        refute inspect(sealed, limit: :infinity) =~ "sk-secret"
+        assert {:error, error} = server.start_link(sealed)
+        refute Exception.message(error) =~ "sk-secret"
+      end
+    end
   end
 
   test "an option that is misspelt is named with the nearest that there is" do
