@@ -169,6 +169,13 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   def handle_info({:timeout, _timer, {:cast, id}}, state), do: abandon(state, id)
 
+  # Whatever has killed the reaper: another watches the same peers.
+  def handle_info({:DOWN, _monitor, :process, reaper, _reason}, %{reaper: reaper} = state) do
+    reaper = Reaper.start(self())
+    for peer <- State.peers(state), do: Reaper.watch(reaper, peer.os_pid)
+    {:noreply, %{state | reaper: reaper}}
+  end
+
   # The writer of a send queue has written.
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, state),
     do: {:noreply, %{state | in_flight: Dispatcher.written(state.in_flight, monitor)}}

@@ -34,10 +34,11 @@ defmodule DSPex.PythonBridge.OS.Reaper do
   @enforce_keys [:owner, :monitor, :look_ms]
   defstruct [:owner, :monitor, :look_ms, peers: %{}]
 
-  @doc "Starts the reaper of the process `owner`."
+  @doc "Starts the reaper of the process `owner`. The caller gets a `:DOWN` of it, as `owner` needs another then."
   @spec start(pid()) :: pid()
   def start(owner) do
     {:ok, pid} = GenServer.start(__MODULE__, owner)
+    Process.monitor(pid)
     pid
   end
 

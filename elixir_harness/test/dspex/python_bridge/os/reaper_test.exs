@@ -46,9 +46,13 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
         assert_receive {:peer_gone, ^os_pid}, 5_000
         refute_receive {:peer_gone, ^os_pid}, 300
         assert alive?(child)
-        # The grace is 600 ms: it does not wait for a peer that is gone.
-        {ms, :ok} = timed(fn -> Reaper.finish(reaper) end)
-        assert ms < 500
+        # It does not wait for a peer that is gone.
+        :erlang.trace_pattern({Process, :sleep, 1}, true)
+        :erlang.trace(reaper, true, [:call])
+        assert Reaper.finish(reaper) == :ok
+        delivered = :erlang.trace_delivered(reaper)
+        assert_receive {:trace_delivered, ^reaper, ^delivered}
+        refute_received {:trace, ^reaper, :call, _}
         end_of([child])
       end
     end
@@ -64,6 +68,17 @@ defmodule DSPex.PythonBridge.OS.ReaperTest do
     Process.exit(owner, :kill)
     assert_receive {:DOWN, ^monitor, :process, ^reaper, :normal}, 10_000
     end_of([test.os_pid, test.child])
+  end
+
+  test "a bridge whose reaper is killed has another" do
+    child_spec = Supervisor.child_spec({Bridge, fake_opts("stubborn")}, restart: :temporary)
+    {:ok, bridge} = start_supervised(child_spec)
+    {:ok, %{"child" => child}} = Bridge.call(bridge, :ping, %{}, 10_000)
+    %{os_pid: os_pid} = Bridge.get_status(bridge)
+    Process.exit(:sys.get_state(bridge).reaper, :kill)
+    eventually(fn -> Process.alive?(:sys.get_state(bridge).reaper) end)
+    Process.exit(bridge, :kill)
+    end_of([os_pid, child])
   end
 
   test "of a bridge that is killed no process is left, and no entry in the registry" do
