@@ -25,6 +25,8 @@ Score = Callable[[int, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 # The items end so long before the request's deadline, in seconds: the client's own timeout runs out with the deadline,
 # and the results must be there by then. Of a short timeout it is a tenth.
 _EARLIER = 0.25
+# So many items start in one turn of the event loop, some 0.3 ms each.
+_AT_ONCE = 16
 
 
 async def evaluate(args: dict[str, Any], program: Program, work: Work, call: Call) -> dict[str, Any]:
@@ -117,8 +119,10 @@ class Batch:
                 timer = self._loop.call_at(own, self._item_late, index, task, self._item_ms)
             self._tasks[task] = timer
             task.add_done_callback(functools.partial(self._ended, index))
-            # The first step checks the inputs and writes the prompt: other tasks run between hundreds of those.
-            await asyncio.sleep(0)
+            # The first step checks the inputs and writes the prompt: other tasks run between hundreds of those. One at
+            # a time, each would wake the LM's server and the loop for itself: 15 % more CPU.
+            if index % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     async def _one(self, index: int, ends: float | None) -> None:
         try:
