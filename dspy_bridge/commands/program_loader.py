@@ -112,12 +112,15 @@ class ProgramLoader:
         return self._thread.submit(self._import_dspy)
 
     def lm_stats(self) -> dict[str, Any]:
-        """Calls of LMs that wait for the limits of their account, and names inside DSPy that are not as expected."""
+        """Calls of LMs that wait for the limits of their account, names inside DSPy that are not as expected, and which
+        ReAct agents are; of that nothing before DSPy is set up."""
         if self._lms is None:
-            return {"lm_waiting": 0, "degraded": []}
+            return {"lm_waiting": 0, "degraded": [], "react": None}
         from dspy_bridge.lm import dspy_internals, lm_call
+        from dspy_bridge.programs import agents
 
-        return {"lm_waiting": lm_call.waiting(), "degraded": sorted(dspy_internals.degraded)}
+        degraded, react = sorted(dspy_internals.degraded), agents.version(self._settings.react)
+        return {"lm_waiting": lm_call.waiting(), "degraded": degraded, "react": react}
 
     def removed(self, count: int) -> None:
         """So many programs have been removed: their memory can be collected. From any thread."""

@@ -54,7 +54,8 @@ class RunContext:
 
     `deadline`: in seconds of `time.monotonic`, or None. `call`: the client's. `meter`: None if its reply has no meta.
     `attempts`: how adapters ask again; None if they do not. `refuses_cut_off`: whether answers that were cut off are
-    refused. `steps`: calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone.
+    refused. `on_asking_again`: called, from any thread, with what did not fit, before an LM is asked again. `steps`:
+    calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone.
     """
 
     def __init__(self, deadline: float | None, call: Call | None = None) -> None:
@@ -62,6 +63,7 @@ class RunContext:
         self.call: Any = call
         self.meter: Any = None
         self.attempts: Any = None
+        self.on_asking_again: Callable[[Any], object] = lambda _error: None
         self.refuses_cut_off = False
         self.traceparent = tracing.current()
         self.job: Job | None = None

@@ -41,7 +41,7 @@ class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
         call["function"]["parameters"]["required"] = [arg for arg, read in self.func.declared.items() if read.required]
         return call
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, /, **arguments: Any) -> Any:
         """Called by a sync module, in its worker thread."""
         job = worker_threads.current.get()
         if job is None:
@@ -70,8 +70,20 @@ if dspy_internals.TOOL_ARGUMENTS.there:
     setattr(RemoteTool, dspy_internals.TOOL_ARGUMENTS.attribute, _read_arguments)
 
 
+class Failure(str):
+    """The text for the LM of a tool that failed."""
+
+    __slots__ = ()
+
+
+def failure(name: str, error: Exception) -> Failure:
+    # A `ToolFailed` begins with the name, too.
+    return Failure(f"Execution error in {name}: {str(error).removeprefix(f'{name}: ')}")
+
+
 class AgentTool(RemoteTool):
-    """The same for ReAct, which accepts only lists of strings, and shows tracebacks with local paths to the LM."""
+    """The same for ReAct, which shows tracebacks with local paths to the LM, and by trajectory takes any list for one
+    of strings."""
 
     def __init__(self, tool: RemoteTool) -> None:
         super().__init__(tool.func, name=tool.name, desc=tool.desc, args=tool.args, arg_types=tool.arg_types)
@@ -82,8 +94,7 @@ class AgentTool(RemoteTool):
             result = await super().acall(**arguments)
             return await _with_json(_observation, result) if isinstance(result, (list, dict)) else result
         except Exception as error:
-            # A `ToolFailed` begins with the name, too.
-            return f"Execution error in {self.name}: {str(error).removeprefix(f'{self.name}: ')}"
+            return failure(self.name, error)
 
 
 class _Large(pydantic.RootModel[str]):
@@ -104,6 +115,11 @@ def _observation(result: Any, json: bytes) -> Any:
         # DSPy writes a tuple as JSON; a reply has a list again.
         return tuple(result)
     return result
+
+
+def observed(result: Any) -> Any:
+    """What an agent was shown of an earlier result."""
+    return _observation(result, encode_value(result)) if isinstance(result, (list, dict)) else result
 
 
 def read(definitions: object, taken: set[str]) -> list[RemoteTool]:
