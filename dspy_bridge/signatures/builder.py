@@ -61,7 +61,7 @@ def build(definition: object, *, files_dir: str | None = None, left_out: Mapping
         raise InvalidArgs('signature: expected text ("question -> answer") or an object with inputs and outputs')
     for field in inputs:
         if left_out and left_out.get(field.name, Any) not in (Any, field.annotation):
-            raise InvalidArgs(f"{field.where}.type: {field.name!r} is DSPy's own here; expected the type history")
+            raise InvalidArgs(f"{field.where}: {field.name!r} is the conversation; expected the type history")
     inputs = [field for field in inputs if field.name not in (left_out or ())]
     if not outputs:
         raise InvalidArgs("signature.outputs: expected at least one field")

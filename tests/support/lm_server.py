@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import reacts
+
 # The key of all of them, which nothing may log.
 KEY = "sk-test-0123456789"
 
@@ -238,5 +240,5 @@ def chat(**fields: object) -> str:
 
 def script(*answers: Answer) -> Callable[[dict[str, Any]], Answer]:
     """What an LM answers, one request after the other; the last answer again and again."""
-    left = list(answers)
+    left = reacts.for_version(answers)
     return lambda _request: left.pop(0) if len(left) > 1 else left[0]

@@ -67,7 +67,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
         do: refuse("signature.outputs.#{key}", "an input has the same name; choose another")
 
     added = for key <- Names.results(kind), do: Types.field(key, {:optional, :any}, "", [])
-    completions = for key <- Names.extra_inputs(kind), do: Types.field(key, :any, "", [])
+    extra = for {key, type} <- Names.extra_inputs(kind), do: Types.field(key, type, "", [])
     id = Keyword.get(opts, :id, inspect(module))
 
     signature =
@@ -78,7 +78,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
     # What is declared has the declared type.
     fields = Enum.uniq_by(outputs ++ added, & &1.key)
-    inputs = Enum.uniq_by(inputs ++ completions, & &1.key)
+    inputs = Enum.uniq_by(inputs ++ extra, & &1.key)
     Settings.check(passed, kind.type, inputs ++ fields)
 
     if tools == [] and "react" in [kind.type, kind.module],
