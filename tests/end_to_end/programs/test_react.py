@@ -254,3 +254,30 @@ def test_which_react_it_is_can_be_chosen() -> None:
         with shared_peer(*flags, env=env) as peer:
             assert peer.call("create_program", AGENT)["success"]
             assert peer.call("get_stats")["result"]["react"] == version
+
+
+def test_demos_are_those_of_one_react_alone() -> None:
+    """By history they are of its steps. A state of one ReAct is refused by the other, with what is to be done."""
+    states: dict[str, Any] = {}
+    examples = [{"question": f"q{n}"} for n in range(3)]
+    measured = {
+        "expected": [{"answer": f"echo: q{n}"} for n in range(3)],
+        "metric": {"field": "answer", "match": "equals"},
+    }
+    asked = {"program_id": "x", "inputs": examples, **measured}
+    for version in ("v1", "v2"):
+        with shared_peer(env={"DSPY_BRIDGE_LM": "offline/echo", "DSPY_BRIDGE_REACT": version}) as peer:
+            assert peer.call("create_program", {**AGENT, "signature": "question -> answer"})["success"]
+            reply, _ = execute(peer, {**asked, "optimize": {"optimizer": "bootstrap_few_shot"}}, TOOLS)
+            states[version] = reply["result"]["state"]
+            again = {**AGENT, "signature": "question -> answer", "state": states[version]}
+            assert peer.call("create_program", again)["success"]
+            reply, _ = execute(peer, {"program_id": "x", "inputs": examples[0]}, TOOLS)
+            assert reply["result"]["answer"] == "echo: q0"
+            if version == "v2":
+                reply, _ = execute(peer, {**asked, "optimize": {"optimizer": "labeled_few_shot"}}, TOOLS)
+                assert reply["error_type"] == "invalid_args" and "no prompt of a ReAct by history" in reply["error"]
+                reply = peer.call("create_program", {**again, "state": states["v1"]})
+                assert reply["error_type"] == "invalid_args" and "optimize the program again" in reply["error"]
+    demos = [demo for demo in states["v2"]["react"]["demos"] if "tool_calls" in demo]
+    assert demos and all("submit" not in str(demo["history"]) for demo in demos), "each has what was before it"
