@@ -59,6 +59,10 @@ def _text(text: str) -> str | None:
     return text or None
 
 
+def _react(text: str) -> str | None:
+    return _one_of("v1", "v2")(text) if text else None
+
+
 def _adapter(text: str) -> str | None:
     return _one_of(*ADAPTERS)(text) if text else None
 
@@ -109,6 +113,9 @@ class Settings:
     lm = _setting(_text, "", "the default LM as DSPy names it (openai/gpt-4o-mini); offline/echo needs no network")
     lm_options = _setting(_object, "{}", "JSON keyword arguments of dspy.LM; in the environment, as ps shows flags")
     adapter = _setting(_adapter, "", f"the default adapter: {', '.join(ADAPTERS)}; DSPy's own choice if unset")
+    react = _setting(
+        _react, "", "DSPy's ReAct by trajectory (v1) or by history (v2); that of the installed DSPy if unset"
+    )
     strict_fields = _setting(_flag, "1", "0: if an answer has a field twice, DSPy's choice is taken, silently")
     warm = _setting(_flag, "0", "1: LiteLLM, if an LM needs it, is imported when that is known, not in its first call")
     max_in_flight = _setting(_whole(1), "256", "programs running at once; more wait for a slot")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import hypothesis
 import pytest
+import reacts
 from lm_server import Answer, LMServer, chat
 from peer import Peer
 from shared_peers import close, shared_peer
@@ -140,6 +141,19 @@ class Deselected:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.count:
             terminalreporter.write_line(f"{self.count} deselected")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("agents"):
+        metafunc.parametrize("react", ["v1", "v2"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def react(request: pytest.FixtureRequest) -> Iterator[str]:
+    """DSPy's ReAct in the peers of a test with the mark `agents`."""
+    reacts.version = getattr(request, "param", "v1")
+    yield reacts.version
+    reacts.version = "v1"
 
 
 def pytest_configure(config: pytest.Config) -> None:

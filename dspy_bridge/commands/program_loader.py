@@ -80,13 +80,15 @@ class ProgramLoader:
     def lm_stats(self) -> dict[str, Any]:
         """Calls of LMs that wait for the limits of their account, and what is known of DSPy once it is set up."""
         if self._lms is None:
-            return {"lm_waiting": 0, "default_adapter": None, "degraded": []}
+            return {"lm_waiting": 0, "default_adapter": None, "degraded": [], "react": None}
         from dspy_bridge.lm import dspy_internals, lm_call
+        from dspy_bridge.programs import agents
 
         return {
             "lm_waiting": lm_call.waiting(),
             "default_adapter": self._lms.default_adapter,
             "degraded": sorted(dspy_internals.degraded),
+            "react": agents.version(self._settings.react),
         }
 
     @functools.cached_property

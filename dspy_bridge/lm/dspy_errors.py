@@ -40,6 +40,8 @@ def translate(error: Exception, settings: list[str]) -> Exception:
         return OutputInvalid(
             f"the LM's answer could not be read: {type(error).__name__}, as of what is nested too deeply"
         )
+    if isinstance(error, ValueError) and any(module == "dspy.adapters.types.tool" for module, _ in frames):
+        return OutputInvalid("the LM's answer did not fit the signature: its tool calls could not be read")
     module, function = frames[-1]
     # Code of an LM or an adapter may raise the same types, with contents in the message: that is a defect. Errors of an
     # LM's engine are errors of the LM: DSPy makes them so.

@@ -60,9 +60,10 @@ class RunContext:
 
     `deadline`: in seconds of `time.monotonic`, or None. `call`: the client's. `meter`: None if its reply has no meta.
     `attempts`: how adapters ask again; None if they do not. `refuses_cut_off`: whether answers that were cut off are
-    refused. `steps`: calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone.
-    `journal`, `budget` and `stream`: None if it has none. `item`: its index among the inputs. `over`: the error that
-    has ended it, whatever its code makes of that.
+    refused. `on_asking_again`: called, from any thread, with what did not fit, before an LM is asked again. `steps`:
+    calls of LMs and tools that it made. `job`: for threads that have DSPy's settings alone. `journal`, `budget` and
+    `stream`: None if it has none. `item`: its index among the inputs. `over`: the error that has ended it, whatever its
+    code makes of that.
     """
 
     budget: Budget | None = None
@@ -76,6 +77,7 @@ class RunContext:
         self.call: Any = call
         self.meter: Any = None
         self.attempts: Any = None
+        self.on_asking_again: Callable[[Any], object] = lambda _error: None
         self.refuses_cut_off = False
         self.traceparent = tracing.current()
         self.job: Job | None = None

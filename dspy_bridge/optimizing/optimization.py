@@ -19,6 +19,7 @@ from dspy_bridge.optimizing import optimizers
 from dspy_bridge.optimizing.candidates import Candidates
 from dspy_bridge.optimizing.run import Run
 from dspy_bridge.optimizing.student import Student, Watch, tolerant
+from dspy_bridge.programs import agents
 from dspy_bridge.programs.program import Program
 from dspy_bridge.runtime import large_inputs, worker_threads
 from dspy_bridge.runtime.worker_threads import WorkerThreads
@@ -91,6 +92,8 @@ class _Job:
         for role, lm in self._lms.items():
             lm.role = role  # its copies, which optimizers make, have it too
         self._module = student.module()
+        if given.optimizer == "labeled_few_shot":
+            agents.refuse_labeled_demos(self._module)
         whole, start = optimizers.scored_on(given, len(self._trainset)), program.state(self._module)
         send = functools.partial(_send, run.call)
         self.candidates = Candidates(given.optimizer, whole, start, program.state, run, send)

@@ -11,7 +11,7 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm.dspy_setup import LMs
-from dspy_bridge.programs import remote_tools, scores
+from dspy_bridge.programs import agents, remote_tools, scores
 from dspy_bridge.programs.runners import CodeRunner, Runner, Sandboxes, ScoredRunner, ToolCallRunner
 from dspy_bridge.signatures import media, validation
 from dspy_bridge.signatures.validation import Contract
@@ -51,17 +51,32 @@ _TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
 # Names that DSPy's modules need for fields of their own, and parameters of their functions.
 _OWN_FIELDS = {
     "chain_of_thought": {"reasoning"},
-    "react": {"trajectory", "next_thought", "next_tool_name", "next_tool_args", "max_iters", "reasoning"},
+    "react": {
+        *("trajectory", "next_thought", "next_tool_name", "next_tool_args", "tool_calls"),
+        *("max_iters", "reasoning", "termination_reason"),
+    },
     "refine": {"hint_"},
     "multi_chain_comparison": {"rationale", *(f"reasoning_attempt_{number}" for number in range(1, 101))},
     "rlm": {"trajectory", "final_reasoning", "variables_info", "repl_history", "iteration", "interpreter_factory"},
 }
-_OWN_ARGUMENTS = {("react", "inputs"): {"module"}, ("react", "outputs"): {"self"}, ("rlm", "outputs"): {"self"}}
+_OWN_ARGUMENTS = {
+    ("react", "inputs"): {"module", "tools"},
+    ("react", "outputs"): {"self", "history"},
+    ("rlm", "outputs"): {"self"},
+}
 
 
-def extra_inputs(definition: dict[str, Any]) -> tuple[str, ...]:
-    """Inputs of the program's type in addition to the signature's, which may declare them too."""
-    return ("completions",) if definition.get("program_type") == "multi_chain_comparison" else ()
+def extra_inputs(definition: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of the program's type in addition to the signature's, which may declare them too, with these types."""
+    if _is_agent(definition):
+        return agents.extra_inputs()
+    return {"completions": Any} if definition.get("program_type") == "multi_chain_comparison" else {}
+
+
+def _is_agent(definition: dict[str, Any]) -> bool:
+    program_type, options = definition.get("program_type"), definition.get("options")
+    inner = options.get("module") if isinstance(options, dict) else None
+    return program_type == "react" or (program_type in ("best_of_n", "refine") and inner == "react")
 
 
 def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
@@ -80,6 +95,8 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
         raise NotAllowed("program_type: rlm runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
     _check_fields(program_type, signature)
     taken = {"finish", *signature.input_fields, *signature.output_fields, *_OWN_FIELDS.get(program_type, ())}
+    if _is_agent(definition):
+        taken.add("submit")
     tools = remote_tools.read(definition.get("tools"), taken)
     if program_type not in TYPES:
         return Runner(_user_module(program_type, signature, given or {}, tools, lms), takes_config=False)
@@ -117,8 +134,7 @@ def _make(
     if program_type == "react":
         if not tools:
             raise InvalidArgs("tools: react needs at least one; chain_of_thought is the program type without tools")
-        agents_tools = [remote_tools.AgentTool(tool, lms.settings.files_dir) for tool in tools]
-        return Runner(kind(signature, tools=agents_tools, **chosen))
+        return Runner(agents.make(agents.chosen(lms.settings.react), contract, tools, chosen, lms.settings.files_dir))
     if program_type == "rlm":
         if "sub_lm" in chosen:
             chosen["sub_lm"] = lms.lm(chosen["sub_lm"], "options.sub_lm")

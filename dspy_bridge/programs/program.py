@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from dspy_bridge.lm.journal import Journal
 from dspy_bridge.lm.metering import endings
 from dspy_bridge.lm.transport import routes
 from dspy_bridge.logs import redaction
-from dspy_bridge.programs import module_factory, saved_state, scores
+from dspy_bridge.programs import agents, module_factory, saved_state, scores
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder, dspy_types
@@ -170,19 +171,14 @@ class Program:
             raise run.over
         return outputs
 
-    def _attempts(self, most: int, call: Call, streaming: Stream | None) -> corrections.Attempts:
+    def _attempts(self, most: int, say: Callable[[OutputInvalid], object]) -> corrections.Attempts:
         """How a run asks again for answers that do not fit."""
 
         def fits(signature: Any, fields: dict[str, Any]) -> None:
             # A module of the user's may have a predictor with outputs of the same names, which mean something else.
             if self.of_dspy and self._contract.signature.output_fields.keys() <= signature.output_fields.keys():
                 self.outputs(fields)
-
-        def say(error: OutputInvalid) -> None:
-            if streaming is not None:
-                streaming.begin_anew()
-                wrong = replies.one_line(redaction.redact(str(error)), _MOST_TOLD)
-                call.stream_item_threadsafe({"status": f"asking again: {wrong}"})
+            agents.check_answer(fields)
 
         return corrections.Attempts(most, fits, lambda error: dspy_errors.translate(error, []), say)
 
@@ -242,13 +238,20 @@ class Program:
                 streaming = Stream(self.runner.module, self._contract.signature, run.call, on_loop=self.runner.on_loop)
                 stack.enter_context(dspy.context(**streaming.settings()))
                 run.stream = streaming
+                run.on_asking_again = functools.partial(_say, run.call, streaming)
             if attempts > 1:
-                run.attempts = self._attempts(attempts, run.call, streaming)
+                run.attempts = self._attempts(attempts, run.on_asking_again)
             prediction = await self.runner.run(values, self._threads)
             outputs = self.outputs(prediction)
             if streaming is not None:
                 await streaming.finish(outputs)
             return prediction, outputs
+
+
+def _say(call: Call, streaming: Stream, error: OutputInvalid) -> None:
+    streaming.begin_anew()
+    wrong = replies.one_line(redaction.redact(str(error)), _MOST_TOLD)
+    call.stream_item_threadsafe({"status": f"asking again: {wrong}"})
 
 
 def _without_types(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import keyword
 import re
@@ -46,7 +45,7 @@ class RemoteTool(dspy.Tool):  # type: ignore[misc]  # DSPy ships no types
         call["function"]["parameters"]["required"] = [arg for arg, read in self.func.declared.items() if read.required]
         return call
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, /, **arguments: Any) -> Any:
         """Called by a sync module, in its worker thread."""
         job = worker_threads.current.get()
         if job is None:
@@ -75,24 +74,40 @@ if dspy_internals.TOOL_ARGUMENTS.there:
     setattr(RemoteTool, dspy_internals.TOOL_ARGUMENTS.attribute, _read_arguments)
 
 
+class Failure(str):
+    """The text for the LM of a tool that failed."""
+
+    __slots__ = ()
+
+
+def failure(name: str, error: Exception) -> Failure:
+    # A `ToolFailed` begins with the name, too.
+    return Failure(f"Execution error in {name}: {str(error).removeprefix(f'{name}: ')}")
+
+
 class AgentTool(RemoteTool):
-    """The same for ReAct, which accepts only lists of strings, and shows tracebacks with local paths to the LM."""
+    """The same for ReAct, which shows tracebacks with local paths to the LM, and by trajectory takes any list for one
+    of strings."""
 
     _files_dir: str | None = pydantic.PrivateAttr()
+    _takes_content: bool = pydantic.PrivateAttr()
 
-    def __init__(self, tool: RemoteTool, files_dir: str | None) -> None:
+    def __init__(self, tool: RemoteTool, files_dir: str | None, *, takes_content: bool) -> None:
+        """`takes_content`: whether DSPy makes images and files of an observation parts of a message."""
         super().__init__(tool.func, name=tool.name, desc=tool.desc, args=tool.args, arg_types=tool.arg_types)
-        self._files_dir = files_dir
+        self._files_dir, self._takes_content = files_dir, takes_content
 
     async def acall(self, /, **arguments: Any) -> Any:
         """As `RemoteTool`'s; an error becomes the observation."""
         try:
             result = await super().acall(**arguments)
-            work = functools.partial(_observation, self._files_dir)
-            return await _with_json(work, result) if isinstance(result, (list, dict)) else result
+            if not _is_content(result):
+                return await _with_json(_observation, result) if isinstance(result, (list, dict)) else result
+            if not self._takes_content:
+                raise ToolFailed("content: DSPy's ReAct by history takes no images and files; return text")
+            return await _with_json(lambda content, _json: _content(content, self._files_dir), result)
         except Exception as error:
-            # A `ToolFailed` begins with the name, too.
-            return f"Execution error in {self.name}: {str(error).removeprefix(f'{self.name}: ')}"
+            return failure(self.name, error)
 
 
 class _Large(pydantic.RootModel[str]):
@@ -146,9 +161,7 @@ def _is_content(result: Any) -> bool:
     )
 
 
-def _observation(files_dir: str | None, result: Any, json: bytes) -> Any:
-    if _is_content(result):
-        return _content(result, files_dir)
+def _observation(result: Any, json: bytes) -> Any:
     if len(json) >= large_inputs.LARGE:
         large = _Large(json.decode())
         large._value = result
@@ -157,6 +170,11 @@ def _observation(files_dir: str | None, result: Any, json: bytes) -> Any:
         # DSPy writes a tuple as JSON; a reply has a list again.
         return tuple(result)
     return result
+
+
+def observed(result: Any) -> Any:
+    """What an agent was shown of an earlier result."""
+    return _observation(result, encode_value(result)) if isinstance(result, (list, dict)) else result
 
 
 def read(definitions: object, taken: set[str]) -> list[RemoteTool]:

@@ -83,7 +83,10 @@ def load(module: dspy.Module, state: dict[str, Any]) -> dict[str, Any] | None:
     state = {name: value for name, value in state.items() if name != "metadata"}
     if state.keys().isdisjoint(_Saved.__annotations__) if flat else state.keys() != wanted.keys():
         expected = ", ".join(_Saved.__annotations__ if flat else wanted) or "nothing"
-        raise InvalidArgs(f"state: of another program: expected {expected}, got {', '.join(state) or 'nothing'}")
+        text = f"state: of another program: expected {expected}, got {', '.join(state) or 'nothing'}"
+        if "react" in state and "react" in wanted:
+            text += "; DSPy's ReAct is another one than that which it was made with: optimize the program again"
+        raise InvalidArgs(text)
     given = {"self": state} if flat else state
     for name, parameter in wanted.items():
         _check(given[name], parameter.signature.fields, "state" if flat else f"state.{name}")

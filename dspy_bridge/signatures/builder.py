@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import keyword
+from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, get_origin
 
 import dspy
@@ -38,7 +39,7 @@ class _Field(NamedTuple):
     default: Any = ...
 
 
-def build(definition: object, *, files_dir: str | None = None, left_out: tuple[str, ...] = ()) -> Contract:
+def build(definition: object, *, files_dir: str | None = None, left_out: Mapping[str, Any] | None = None) -> Contract:
     """The signature of a `create_program`: DSPy's string form, or `{"inputs", "outputs", "instructions"?}`.
 
     DSPex also sends `name`, that of the signature's class, and `description`, the default instructions.
@@ -59,7 +60,10 @@ def build(definition: object, *, files_dir: str | None = None, left_out: tuple[s
             raise InvalidArgs("signature.name: expected a name on one line")
     else:
         raise InvalidArgs('signature: expected text ("question -> answer") or an object with inputs and outputs')
-    inputs = [field for field in inputs if field.name not in left_out]
+    for field in inputs:
+        if left_out and left_out.get(field.name, Any) not in (Any, field.annotation):
+            raise InvalidArgs(f"{field.where}: {field.name!r} is the conversation; expected the type history")
+    inputs = [field for field in inputs if field.name not in (left_out or ())]
     if not outputs:
         raise InvalidArgs("signature.outputs: expected at least one field")
     if len(inputs) + len(outputs) > MAX_FIELDS:

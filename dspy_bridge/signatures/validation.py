@@ -23,7 +23,8 @@ _NULL = ("null", "None")
 class Contract:
     """A signature with the validators of its fields.
 
-    `inputs`: name to a validator, None if any value is valid; `outputs`: the same, for constrained ones only.
+    `inputs`: name to a validator, None if any value is valid; `optional`: those of them that are absent if they are not
+    given. `outputs`: as `inputs`, for constrained ones only.
     """
 
     def __init__(self, signature: type[dspy.Signature], defaults: dict[str, Any], files_dir: str | None) -> None:
@@ -32,7 +33,8 @@ class Contract:
         self._kinds = {name: field.rebuild_annotation() for name, field in signature.fields.items()}
         self._files_dir = files_dir
         self._defaults = defaults
-        self.inputs = {name: _validator_of(self._kinds[name], files_dir, self._turn) for name in signature.input_fields}
+        self.inputs = {name: _validator_of(self._kinds[name], files_dir, self.turn) for name in signature.input_fields}
+        self.optional: set[str] = set()
         outputs = {name: self._kinds[name] for name in signature.output_fields}
         # DSPy checks an answer without the constraints of Annotated.
         constrained = {name: kind for name, kind in outputs.items() if get_origin(kind) is Annotated}
@@ -49,6 +51,8 @@ class Contract:
         wrong: list[BridgeError] = [InvalidArgs(f"inputs{step(name)}: unknown field") for name in unknown[:20]]
         values, misnamed = {}, bool(unknown)
         for name, validator in self.inputs.items():
+            if name in self.optional and name not in inputs:
+                continue
             missing = name not in inputs and name not in self._defaults
             value = inputs[name] if name in inputs else copy.deepcopy(self._defaults.get(name))
             try:
@@ -87,7 +91,7 @@ class Contract:
         kinds = {name: kind for name, kind in self._kinds.items() if kind is not dspy.History}
         return {name: _validator_of(kind, self._files_dir) for name, kind in kinds.items()}
 
-    def _turn(self, turn: dict[str, Any], where: str) -> dict[str, Any]:
+    def turn(self, turn: dict[str, Any], where: str) -> dict[str, Any]:
         """A validated turn of a history. Raises `InvalidArgs` or `NotAllowed`, naming the field."""
         of_modules = {name: value for name, value in turn.items() if name in _OF_MODULES - self._of_turns.keys()}
         others = {name: value for name, value in turn.items() if name not in of_modules}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 from xml.parsers import expat
 
 import jiter
@@ -183,10 +184,54 @@ class JSONReader:
             return
         if len(self._answer) > _MOST_JSON:
             self._answer = None
-        for field, value in values.items():
+        for field, value in self._find(values).items():
             if field in self._fields and isinstance(value, str) and len(value) > self._sent[field]:
                 yield field, value[self._sent[field] :]
                 self._sent[field] = len(value)
+
+    def _find(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields in what was read so far."""
+        return values
+
+
+class _CallsReader(JSONReader):
+    """Reads the arguments of the first call of `submit` in JSON that `dspy.ToolCalls` accepts."""
+
+    def _find(self, values: dict[str, Any]) -> dict[str, Any]:
+        calls: Any = values
+        while isinstance(calls, dict) and "tool_calls" in calls:
+            calls = calls["tool_calls"]
+        for call in calls if isinstance(calls, list) else [calls]:
+            args = call.get("args") if isinstance(call, dict) and call.get("name") == "submit" else None
+            # A name that comes last may be the beginning of a longer one.
+            if isinstance(args, dict) and [*call].index("name") < [*call].index("args"):
+                return args
+        return {}
+
+
+class SubmitReader:
+    """The outputs of an agent that ends by a call of the tool `submit`: in the field `tool_calls`, or a native call."""
+
+    def __init__(self, fields: Iterable[str], text: type[ChatReader] | type[XMLReader] | type[JSONReader]) -> None:
+        """`text`: the reader of the adapter's format."""
+        self._fields = frozenset(fields)
+        self._text = None if text is JSONReader else text(["tool_calls"])
+        self._calls = _CallsReader(self._fields)
+        # Native calls, by their index: the reader of the arguments of the first `submit`, None for others.
+        self._native: dict[int, JSONReader | None] = {}
+
+    def feed(self, piece: str) -> Iterator[Chunk]:
+        if self._text is not None:
+            piece = "".join(text for _, text in self._text.feed(piece))
+        return self._calls.feed(piece)
+
+    def native(self, index: int, name: str | None, arguments: str | None) -> Iterator[Chunk]:
+        """The next piece of a native call."""
+        if index not in self._native:
+            first = name == "submit" and not any(self._native.values())
+            self._native[index] = JSONReader(self._fields) if first else None
+        reader = self._native[index]
+        return iter(()) if reader is None else reader.feed(arguments or "")
 
 
 Reader = ChatReader | XMLReader | JSONReader

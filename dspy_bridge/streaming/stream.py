@@ -7,6 +7,7 @@ slow caller slows that reading, and nothing is buffered in between.
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,9 @@ class Stream:
             # From a thread only these LMs can stream.
             streams = on_loop or isinstance(predictor.lm or dspy.settings.lm, LoopLM)
             # DSPy refuses to stream decisions.
-            if streams and names and not unwritten.isdisjoint(outputs) and not getattr(predictor, "fields", None):
+            if streams and getattr(predictor, "submits", False):
+                self._streamed[id(predictor)] = predictor, left
+            elif streams and names and not unwritten.isdisjoint(outputs) and not getattr(predictor, "fields", None):
                 self._streamed[id(predictor)] = predictor, names
                 left -= names
                 unwritten -= outputs.keys()
@@ -110,8 +113,15 @@ class Stream:
         if getattr(choice, "index", 0):
             return []
         if answer.reader is None:
-            answer.reader = answer.format(streamed[1])
+            submits = getattr(streamed[0], "submits", False)
+            make = functools.partial(field_parsers.SubmitReader, text=answer.format) if submits else answer.format
+            answer.reader = make(streamed[1])
         chunks = list(answer.reader.feed(choice.delta.content or ""))
+        if isinstance(answer.reader, field_parsers.SubmitReader):
+            for call in getattr(choice.delta, "tool_calls", None) or ():
+                chunks += answer.reader.native(
+                    call.index, getattr(call.function, "name", None), call.function.arguments
+                )
         if choice.finish_reason is not None:
             # Further completions (`n`) follow; the first one is the result.
             answer.format = None
@@ -151,5 +161,5 @@ class _Watch(BaseCallback):  # type: ignore[misc]  # DSPy ships no types
         _answer.set(SimpleNamespace(format=_READERS.get(type(instance)), reader=None))
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        if instance.name != "finish":
+        if instance.name not in ("finish", "submit"):  # the end of a ReAct
             self._call.stream_item_threadsafe({"status": f"calling tool {instance.name}"})

@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from xml.sax.saxutils import escape
 
+import reacts
+
 # The key of all of them, which nothing may log.
 KEY = "sk-test-0123456789"
 
@@ -260,5 +262,5 @@ def tool_calls(*calls: tuple[str, str], text: str | None = None) -> Reply:
 
 def script(*answers: Answer) -> Callable[[dict[str, Any]], Answer]:
     """What an LM answers, one request after the other; the last answer again and again."""
-    left = list(answers)
+    left = reacts.for_version(answers)
     return lambda _request: left.pop(0) if len(left) > 1 else left[0]

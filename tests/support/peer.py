@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import reacts
+
 ROOT = Path(__file__).resolve().parents[2]
 # Long enough for DSPy's import on a busy machine; no test waits for it to pass.
 PATIENCE = 60.0
@@ -37,7 +39,7 @@ class Peer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**clean, **(env or {})},
+            env={**clean, **reacts.env(), **(env or {})},
             cwd=cwd,
             bufsize=0,
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import reacts
 from lm_server import KEY
 from peer import Peer
 
@@ -29,7 +30,7 @@ def shared_peer(*flags: str, env: dict[str, str] | None = None) -> Iterator[Peer
 
     For tests that do not look at its log, cache, threads, descriptors or start.
     """
-    settings = (flags, tuple(sorted((env or {}).items())))
+    settings = (flags, tuple(sorted({**reacts.env(), **(env or {})}.items())))
     _uses[settings] += 1
     peer = _idle.pop(settings, None) or Peer(*flags, env=env)
     try:

@@ -36,7 +36,7 @@ class Attempts(NamedTuple):
     most: int
     fits: Callable[[Any, dict[str, Any]], None]
     translate: Callable[[Exception], Exception]
-    say: Callable[[OutputInvalid], None]
+    say: Callable[[OutputInvalid], object]
 
 
 class _Call:
@@ -78,8 +78,19 @@ def calling() -> Iterator[Callable[[type, Exception], bool]]:
 
 def check(signature: Any, fields: dict[str, Any]) -> None:
     """Raises `OutputInvalid` if the fields of an answer do not fit the program."""
-    if (call := _call.get()) is not None:
+    if (call := _call.get()) is not None and fields:
         call.attempts.fits(signature, fields)
+
+
+def check_calls(kind: type, signature: Any, answers: list[dict[str, Any]]) -> None:
+    """As `check`, for answers that call tools natively, which no adapter parses."""
+    for fields in answers if _call.get() is not None else ():
+        calls = [value for value in fields.values() if isinstance(value, dspy.ToolCalls)]
+        try:
+            check(signature, fields if calls else {})
+        except OutputInvalid as error:
+            did_not_fit(kind, calls[0].model_dump_json(), error)
+            raise
 
 
 def did_not_fit(kind: type, answer: Any, error: Exception) -> None:

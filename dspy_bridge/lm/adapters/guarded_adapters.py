@@ -60,21 +60,25 @@ class _Guarded:
     def __init_subclass__(cls) -> None:
         """Without DSPy's wrapper of `format` and `parse`: callbacks would get each call twice."""
 
-    def __call__(self, lm: Any, lm_kwargs: dict[str, Any], *args: Any, **options: Any) -> Any:
+    def __call__(self, lm: Any, lm_kwargs: dict[str, Any], signature: Signature, *args: Any, **options: Any) -> Any:
         event_loop.refuse_sync_call()
         with corrections.calling() as again:
             while True:
                 try:
-                    return super().__call__(lm, dict(lm_kwargs), *args, **options)  # type: ignore[misc]
+                    answers = super().__call__(lm, dict(lm_kwargs), signature, *args, **options)  # type: ignore[misc]
+                    corrections.check_calls(type(self), signature, answers)
+                    return answers
                 except Exception as error:
                     if not again(type(self), error):
                         raise
 
-    async def acall(self, lm: Any, lm_kwargs: dict[str, Any], *args: Any, **options: Any) -> Any:
+    async def acall(self, lm: Any, lm_kwargs: dict[str, Any], signature: Signature, *args: Any, **options: Any) -> Any:
         with corrections.calling() as again:
             while True:
                 try:
-                    return await super().acall(lm, dict(lm_kwargs), *args, **options)  # type: ignore[misc]
+                    answers = await super().acall(lm, dict(lm_kwargs), signature, *args, **options)  # type: ignore[misc]
+                    corrections.check_calls(type(self), signature, answers)
+                    return answers
                 except Exception as error:
                     if not again(type(self), error):
                         raise
@@ -244,5 +248,6 @@ _trajectory = functools.lru_cache(_MOST_STEPS)(lambda fields: dspy.Signature(f"{
 
 
 @dspy_internals.FORMAT_TRAJECTORY.replace
-def _format_trajectory(_agent: Any, trajectory: Any) -> Any:
+def format_trajectory(_agent: Any, trajectory: Any) -> Any:
+    """The steps of a ReAct as text, in the format of the run's adapter."""
     return choice.default().format_user_message_content(_trajectory(", ".join(trajectory)), trajectory)

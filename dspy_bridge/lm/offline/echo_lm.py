@@ -11,7 +11,7 @@ import dspy
 import pydantic
 
 from dspy_bridge.lm import dspy_internals
-from dspy_bridge.lm.offline.offline_lm import Asked
+from dspy_bridge.lm.offline.offline_lm import Asked, written
 
 NAME = "offline/echo"
 
@@ -31,7 +31,13 @@ def answer(texts: list[str], asked: Asked | None) -> str:
 
 
 def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict[str, Any]) -> str:
-    names = [name for name in signature.input_fields if name in inputs and name not in ("trajectory", "tools")]
+    history, tools = inputs.get("history"), inputs.get("tools", ())
+    if isinstance(history, dspy.History) and (ending := _ending(history, tools)):
+        # A step of a ReAct after the first one: the question is in its history.
+        asked = (message for message in history.messages[::-1] if not message.keys().isdisjoint(signature.input_fields))
+        inputs, tools = next(asked, {}), (ending,)
+    own = {"trajectory", "tools", *(name for name, value in inputs.items() if isinstance(value, dspy.History))}
+    names = [name for name in signature.input_fields if name in inputs and name not in own]
     said = _echo(" | ".join(str(inputs[name]) for name in names))
     outputs = {}
     step = _react_step(signature, inputs, said)
@@ -39,16 +45,22 @@ def _answer(adapter: dspy.Adapter, signature: type[dspy.Signature], inputs: dict
         if name in step:
             outputs[name] = step[name]
         elif field.annotation is dspy.ToolCalls:
-            tools = inputs.get("tools", ())[:1]
-            calls = [{"name": tool.name, "args": _tool_args(tool, inputs, said)} for tool in tools]
+            calls = [{"name": tool.name, "args": _tool_args(tool, inputs, said)} for tool in tools[:1]]
             outputs[name] = dspy.ToolCalls.from_dict_list(calls)
-        elif field.annotation is str and not field.metadata:
+        elif field.annotation in (str, dspy.Reasoning) and not field.metadata:
             outputs[name] = said
         else:
             schema = pydantic.TypeAdapter(field.rebuild_annotation()).json_schema()
             outputs[name] = _value(schema, schema.get("$defs", {}), name)
-    text: str = adapter.format_assistant_message_content(signature, outputs)
-    return text
+    return written(adapter, signature, outputs)
+
+
+def _ending(history: dspy.History, tools: Any) -> dspy.Tool | None:
+    """The tool that ends a ReAct by history, if one has been called since the question."""
+    called = history.messages[-1].get("tool_calls") if history.messages else None
+    if called is None or any(call.name == "submit" for call in called.tool_calls):
+        return None
+    return next((tool for tool in tools if tool.name == "submit"), None)
 
 
 def _react_step(signature: type[dspy.Signature], inputs: dict[str, Any], said: str) -> dict[str, Any]:
@@ -65,9 +77,14 @@ def _react_step(signature: type[dspy.Signature], inputs: dict[str, Any], said: s
 
 def _tool_args(tool: dspy.Tool, inputs: dict[str, Any], said: str) -> dict[str, Any]:
     asked = next((value for value in inputs.values() if isinstance(value, str) and value), said)
+    kinds, submit = tool.args, tool.name == "submit"
+    if submit:
+        kinds = {arg: validator.json_schema() for arg, validator in getattr(tool.func, "declared", {}).items()}
     return {
-        arg: asked if schema.get("type") == "string" else _value(schema, schema.get("$defs", {}), arg)
-        for arg, schema in tool.args.items()
+        arg: (said if submit else asked)
+        if schema.get("type") == "string" and not (submit and len(schema) > 1)
+        else _value(schema, schema.get("$defs", {}), arg)
+        for arg, schema in kinds.items()
     }
 
 

@@ -6,6 +6,7 @@ adapter formats, so the engine knows which fields to answer.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -124,7 +125,8 @@ class Script:
             if not isinstance(one, (str, dict)):
                 place = short(where) if isinstance(where, str) else where
                 raise InvalidArgs(f"lm.answers[{place}]: expected text, or an object of output fields")
-        self._answers = answers
+        # A copy: it grows.
+        self._answers = answers if isinstance(answers, dict) else list(answers)
         self._taken = 0
         # LMs are called in several threads.
         self._lock = threading.Lock()
@@ -134,7 +136,34 @@ class Script:
         chosen = self._next() if isinstance(self._answers, list) else self._matching(self._answers, texts[-1])
         if isinstance(chosen, str):
             return chosen
-        return encode_value(chosen).decode() if asked is None else _written(chosen, asked)
+        if asked is None:
+            return encode_value(chosen).decode()
+        return _written(self._for_react(chosen, asked.signature.output_fields), asked)
+
+    def _for_react(self, fields: dict[str, Any], outputs: Any) -> dict[str, Any]:
+        """The fields of DSPy's ReAct by trajectory for the one by history, and the other way round."""
+        step = {"next_thought": fields["next_thought"]} if "next_thought" in fields else {}
+        if "next_thought" in outputs and "next_tool_name" not in outputs:
+            if fields.keys() <= outputs.keys():
+                return fields
+            call = {"name": fields.get("next_tool_name", "submit"), "args": fields.get("next_tool_args", {})}
+            if call["name"] in ("finish", "submit"):
+                # By trajectory the outputs are the next answer.
+                ends = "next_tool_name" in fields and isinstance(self._answers, list)
+                call = {"name": "submit", "args": self._next() if ends else fields}
+            return {**step, "tool_calls": [call]}
+        calls = fields.get("tool_calls")
+        if "tool_calls" in outputs or not calls:
+            return fields
+        call = dspy.ToolCalls.model_validate(calls).tool_calls[0]
+        if "next_tool_name" not in outputs:
+            return dict(call.args)
+        if call.name != "submit":
+            return {**step, "next_tool_name": call.name, "next_tool_args": call.args}
+        if isinstance(self._answers, list):
+            with self._lock:
+                self._answers.insert(self._taken, call.args)
+        return {**step, "next_tool_name": "finish"}
 
     def _next(self) -> Any:
         with self._lock:
@@ -162,7 +191,21 @@ def _written(fields: dict[str, Any], asked: Asked) -> str:
     for name, field in signature.output_fields.items():
         if name not in values:
             signature = signature.delete(name)
-        elif field.annotation is dspy.ToolCalls and isinstance(values[name], list):
-            values[name] = dspy.ToolCalls.from_dict_list(values[name])
-    text: str = asked.adapter.format_assistant_message_content(signature, values)
+        elif field.annotation is dspy.ToolCalls:
+            values[name] = dspy.ToolCalls.model_validate(values[name])
+    return written(asked.adapter, signature, values)
+
+
+def written(adapter: dspy.Adapter, signature: Any, values: dict[str, Any]) -> str:
+    """An answer in the adapter's format."""
+    if isinstance(adapter, dspy.XMLAdapter):
+        values = dict(values)
+        for name, field in signature.output_fields.items():
+            if field.annotation is dspy.ToolCalls:
+                # DSPy 3.4 writes and reads JSON inside of XML.
+                calls = json.dumps(values[name].format(), default=str)
+                values[name] = calls.replace("&", "\\u0026").replace("<", "\\u003c")
+            elif field.annotation is dspy.Reasoning and values[name] == "":
+                values[name] = "…"  # it cannot read an empty one
+    text: str = adapter.format_assistant_message_content(signature, values)
     return text

@@ -70,6 +70,7 @@ def test_as_the_peers_lm_all_programs_share_its_list() -> None:
         assert peer.finish() == (0, b"", "")
 
 
+@pytest.mark.agents
 def test_steps_of_a_react(echo_peer: Peer) -> None:
     """A step may leave out what it does not need."""
     steps = [

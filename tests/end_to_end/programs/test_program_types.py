@@ -67,6 +67,7 @@ def test_refine_gives_the_lm_its_advice(start_lm: Any) -> None:
     assert "be bolder" in second and "be bolder" not in first
 
 
+@pytest.mark.agents
 def test_they_run_other_modules_too(start_lm: Any) -> None:
     """A ReAct with a tool. The reward may be declared among the tools, but is not a tool for the LM."""
     step = chat(next_thought="t", next_tool_name="search", next_tool_args='{"q": "a"}')

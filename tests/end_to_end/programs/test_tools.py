@@ -23,7 +23,7 @@ SEARCH = {
 CREATE = {"id": "x", "signature": "question -> answer", "program_type": "react", "tools": [SEARCH]}
 ASK = {"program_id": "x", "inputs": {"question": "Why?"}}
 FINISH = chat(next_thought="t", next_tool_name="finish", next_tool_args="{}")
-EXTRACT = chat(reasoning="r", answer="because")
+EXTRACT = chat(reasoning="t", answer="because")
 
 
 def step(name: str, args: Any) -> str:
@@ -34,6 +34,7 @@ def prompt(request: dict[str, Any]) -> str:
     return "\n".join(message["content"] for message in request["messages"])
 
 
+@pytest.mark.agents
 def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
     server = start_lm(script(step("search", {"query": "a", "most": 2}), FINISH, EXTRACT))
     with shared_peer(env=lm_env(server)) as peer:
@@ -41,14 +42,16 @@ def test_react_calls_a_tool_and_reads_its_result(start_lm: Any) -> None:
         reply, asked = execute(peer, ASK, {"search": lambda query, most: [query, {"most": most}, None, 0.5]})
     assert asked == [("search", {"query": "a", "most": 2})]
     result = reply["result"]
-    assert (result["reasoning"], result["answer"]) == ("r", "because")
+    assert (result["reasoning"], result["answer"]) == ("t", "because")
     trajectory = result["trajectory"]
-    assert trajectory["observation_0"] == ["a", {"most": 2}, None, 0.5] and trajectory["tool_name_1"] == "finish"
-    first, second, _ = map(prompt, server.requests)
+    assert trajectory["observation_0"] == ["a", {"most": 2}, None, 0.5]
+    assert trajectory["tool_name_1"] in ("finish", "submit")
+    first, second, *_ = map(prompt, server.requests)
     assert all(text in first for text in ("Finds pages.", "a few words", "search", "integer"))
     assert '["a", {"most": 2}, null, 0.5]' in second
 
 
+@pytest.mark.agents
 @pytest.mark.parametrize("kind", ["args", "parameters"])
 def test_a_pattern_of_an_argument_matches_in_linear_time(start_lm: Any, kind: str) -> None:
     """By backtracking it would take hours, with the GIL held."""
@@ -76,6 +79,7 @@ WRONG_ARGUMENTS = [
 ]
 
 
+@pytest.mark.agents
 def test_arguments_that_do_not_fit_are_told_to_the_lm_and_not_to_the_caller(start_lm: Any) -> None:
     steps = [step("search", args) for args, _ in WRONG_ARGUMENTS]
     server = start_lm(script(*steps, FINISH, EXTRACT))
@@ -90,6 +94,7 @@ def test_arguments_that_do_not_fit_are_told_to_the_lm_and_not_to_the_caller(star
         assert text in prompt(server.requests[number + 1]), "the LM's next prompt has it"
 
 
+@pytest.mark.agents
 def test_arguments_may_have_any_name(start_lm: Any) -> None:
     """Also one that is a keyword of Python. Null as the default of another type means that it may be left out."""
     args = {"from": "str", "x-y": {"type": "int", "default": None}}
@@ -100,6 +105,7 @@ def test_arguments_may_have_any_name(start_lm: Any) -> None:
     assert asked == [("f", {"from": "a"}), ("f", {"from": "a", "x-y": 2})], reply
 
 
+@pytest.mark.agents
 def test_a_tools_error_is_told_to_the_lm(start_lm: Any) -> None:
     def search(query: str, most: int) -> Any:
         raise ToolError(f"no index for {query!r}")
@@ -110,7 +116,8 @@ def test_a_tools_error_is_told_to_the_lm(start_lm: Any) -> None:
         reply, _ = execute(peer, ASK, {"search": search})
         assert reply["result"]["answer"] == "because"
         _, _, log = peer.finish()
-    assert "Execution error in search: no index for 'a'\n" in prompt(server.requests[1]) and log == ""
+    told = prompt(server.requests[1]).partition("Execution error in search: no index for 'a'")[2]
+    assert told.startswith(("\n", '", "is_error": true')) and log == ""
 
 
 OPTIONAL_ARGS = {
@@ -133,6 +140,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.agents
 @pytest.mark.parametrize("declared", [{"args": OPTIONAL_ARGS}, {"parameters": PARAMETERS}], ids=["args", "parameters"])
 def test_the_lm_may_leave_arguments_out(start_lm: Any, declared: dict[str, Any]) -> None:
     """The caller receives the default, or no argument if there is none. A null that does not fit counts as left out."""

@@ -67,8 +67,10 @@ defmodule DSPex.PythonBridge.Program do
 
   A field is `name: type`, `name: {type, "description"}`, or `name: {type, description: "…", min: 1, max: 5}`. `:min` and
   `:max` are the limits of a number, or of the length of a string or list. The struct has the outputs, and what the program
-  type adds: `reasoning`, `trajectory`, `rationale`, `final_reasoning`, `tool_calls`, which are nil if they are absent, and
-  `completions`: with `config: [n: 3]` a list of three such structs, else nil. Of a module of your own in Python it has the outputs alone.
+  type adds: `reasoning`, `trajectory`, `history`, `termination_reason`, `rationale`, `final_reasoning`, `tool_calls`, which
+  are nil if they are absent, and `completions`: with `config: [n: 3]` a list of three such structs, else nil. Of a module
+  of your own in Python it has the outputs alone. The `history` of a `react` is also an input, by which its conversation
+  goes on.
 
   | type | in Elixir |
   | --- | --- |

@@ -20,20 +20,21 @@ defmodule DSPex.PythonBridge.Program.Names do
   # Fields and arguments of DSPy's modules; of some only in inputs, or in outputs.
   @own %{
     "chain_of_thought" => [:reasoning],
-    "react" => ~w(trajectory next_thought next_tool_name next_tool_args max_iters reasoning)a,
+    "react" =>
+      ~w(trajectory next_thought next_tool_name next_tool_args tool_calls max_iters reasoning termination_reason)a,
     "refine" => [:hint_],
     "multi_chain_comparison" => [:rationale],
     "rlm" =>
       ~w(trajectory final_reasoning variables_info repl_history iteration interpreter_factory)a,
-    {"react", :inputs} => [:module],
-    {"react", :outputs} => [:self],
+    {"react", :inputs} => [:module, :tools],
+    {"react", :outputs} => [:self, :history],
     {"rlm", :outputs} => [:self]
   }
 
   # Results in addition to the outputs.
   @results %{
     "chain_of_thought" => [:reasoning],
-    "react" => [:reasoning, :trajectory],
+    "react" => [:reasoning, :trajectory, :history, :termination_reason],
     "multi_chain_comparison" => [:rationale],
     "rlm" => [:trajectory, :final_reasoning]
   }
@@ -51,7 +52,7 @@ defmodule DSPex.PythonBridge.Program.Names do
   The fields of a result in addition to the signature's outputs.
 
       iex> DSPex.PythonBridge.Program.Names.results(%{type: "refine", module: "react", tools?: true})
-      [:reasoning, :trajectory]
+      [:reasoning, :trajectory, :history, :termination_reason]
   """
   @spec results(kind()) :: [atom()]
   def results(%{type: type, module: module}) when type in @several,
@@ -62,9 +63,15 @@ defmodule DSPex.PythonBridge.Program.Names do
     Map.get(@results, type, []) ++ if(type in @calling_tools, do: own, else: [])
   end
 
-  @doc "The inputs in addition to the signature's, which may declare them too."
-  @spec extra_inputs(kind()) :: [atom()]
-  def extra_inputs(%{type: "multi_chain_comparison"}), do: [:completions]
+  @doc "The inputs in addition to the signature's, which may declare them too, with their types."
+  @spec extra_inputs(kind()) :: keyword()
+  def extra_inputs(%{type: "multi_chain_comparison"}), do: [completions: :any]
+  # The conversation.
+  def extra_inputs(%{type: "react"}), do: [history: {:optional, :any}]
+
+  def extra_inputs(%{type: type, module: "react"}) when type in @several,
+    do: [history: {:optional, :any}]
+
   def extra_inputs(_kind), do: []
 
   @doc "Checks the name of a field of a signature."
@@ -85,7 +92,7 @@ defmodule DSPex.PythonBridge.Program.Names do
       name in @attributes ->
         refuse(where, "an attribute of every DSPy signature; choose another name")
 
-      side == :inputs and name in (@not_as_input -- extra_inputs(kind)) ->
+      side == :inputs and name in (@not_as_input -- Keyword.keys(extra_inputs(kind))) ->
         refuse(where, "reserved by DSPy; choose another name")
 
       true ->

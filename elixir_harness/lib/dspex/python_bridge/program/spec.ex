@@ -68,7 +68,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
     {all, added} = Enum.split_with(Names.results(kind), &(&1 == :completions))
     added = for key <- added, do: Types.field(key, {:optional, :any}, "", [])
-    completions = for key <- Names.extra_inputs(kind), do: Types.field(key, :any, "", [])
+    extra = for {key, type} <- Names.extra_inputs(kind), do: Types.field(key, type, "", [])
     id = Keyword.get(opts, :id, inspect(module))
 
     signature =
@@ -85,7 +85,7 @@ defmodule DSPex.PythonBridge.Program.Spec do
           do: %{Types.field(key, {:optional, :any}, "", []) | type: answers(module, fields)}
 
     fields = Enum.uniq_by(fields ++ all, & &1.key)
-    inputs = Enum.uniq_by(inputs ++ completions, & &1.key)
+    inputs = Enum.uniq_by(inputs ++ extra, & &1.key)
     Settings.check(passed, kind.type, inputs ++ fields)
 
     if tools == [] and "react" in [kind.type, kind.module],

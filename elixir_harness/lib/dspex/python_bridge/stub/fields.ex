@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.Stub.Fields do
   alias DSPex.PythonBridge.Program.StringSignature
 
   # What a program type adds to the outputs of a signature, or to its inputs.
-  @added ~w(reasoning rationale trajectory final_reasoning tool_calls completions)
+  @added ~w(reasoning rationale trajectory final_reasoning tool_calls completions history termination_reason)
 
   @typedoc "The names of the inputs and outputs, and those of them that may not be missing."
   @type t :: %{inputs: names(), outputs: names()}

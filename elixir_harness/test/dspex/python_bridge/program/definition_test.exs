@@ -229,7 +229,10 @@ defmodule DSPex.ProgramDefinitionTest do
     assert keys.(~s(program_type: "predict")) == [:a, :b, :completions]
     assert keys.(tools) == [:a, :b, :tool_calls]
     assert keys.("program_type: :chain_of_thought") == [:a, :b, :completions, :reasoning]
-    assert keys.("program_type: :react, #{tools}") == [:a, :b, :reasoning, :trajectory]
+
+    assert keys.("program_type: :react, #{tools}") ==
+             [:a, :b, :history, :reasoning, :termination_reason, :trajectory]
+
     assert keys.("program_type: :best_of_n") == [:a, :b]
 
     assert keys.("program_type: :refine, options: [module: :chain_of_thought]") == [
