@@ -255,7 +255,7 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   defp exchange(server, command, args, %{timeout: timeout, opts: opts} = options) do
-    if options.on_chunk || opts[:tools],
+    if options.on_chunk || opts[:tools] || opts[:journal],
       do:
         StreamReducer.run(
           StreamReducer.to_bridge(server, command, args, timeout, opts),

@@ -154,7 +154,7 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   defp exchange(pool, command, args, %{timeout: timeout, opts: opts} = options) do
-    if options.on_chunk || opts[:tools],
+    if options.on_chunk || opts[:tools] || opts[:journal],
       do:
         StreamReducer.run(Caller.streamed(pool, command, args, timeout, opts), options.on_chunk),
       else: Caller.exchange(pool, command, args, timeout, opts)

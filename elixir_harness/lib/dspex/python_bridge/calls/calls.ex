@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Calls do
   # its earlier peer are ignored.
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request, SendQueue}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Journal, Request, SendQueue}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Tools.Invocation
 
@@ -130,7 +130,22 @@ defmodule DSPex.PythonBridge.Calls do
   # It is not resent, so only a change of the programs needs the body.
   defp stays(in_flight, id, request, resend) do
     body = if request.change, do: request.body, else: ""
-    InFlight.put(in_flight, id, %{request | body: body, resend: resend})
+    journal = Journal.drop(request.journal)
+    InFlight.put(in_flight, id, %{request | body: body, journal: journal, resend: resend})
+  end
+
+  @doc "Keeps an entry of a run's journal, and sends it to the caller; `:nobody` if the run has none (any longer)."
+  @spec journal(InFlight.t(), SendQueue.transport(), pos_integer(), binary()) ::
+          {:ok, InFlight.t()} | :nobody
+  def journal(%InFlight{calls: calls} = in_flight, port, id, entry) do
+    case Map.get(calls, id) do
+      %Request{at: ^port, journal: %Journal{} = journal, ref: ref} = request ->
+        send(ref, {ref, :journal, entry})
+        {:ok, InFlight.put(in_flight, id, %{request | journal: Journal.add(journal, entry)})}
+
+      _none ->
+        :nobody
+    end
   end
 
   @doc "Passes a tool call to the caller that has the tools, or refuses it."

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # is the part in the middle.
 
   alias DSPex.PythonBridge.{Error, Protocol}
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Calls.{Journal, Request}
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry, Server}
   alias DSPex.PythonBridge.Programs.{Change, Store, Tools}
 
@@ -56,7 +56,8 @@ defmodule DSPex.PythonBridge.Client.Caller do
       call = %{server: server, dest: dest, deadline: Deadline.new(timeout, started), args: args}
       resend = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
       request = %Request{body: body, change: Change.new(command, args), resend: resend}
-      {:ok, call, %{request | stream?: Keyword.get(opts, :stream, false)}}
+      stream? = Keyword.get(opts, :stream, false)
+      {:ok, call, %{request | stream?: stream?, journal: Journal.new(opts)}}
     end
   end
 
@@ -165,6 +166,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
 
   def read({:error, :proxy_died}),
     do: {:error, Error.new(:cancelled, "the process that made the call was killed")}
+
+  def read({:error, {:not_kept, text}}),
+    do: {:error, Error.new(:cancelled, "an answer of the LM could not be kept: #{text}")}
 
   def read({:error, type}), do: {:error, Error.new(type)}
 

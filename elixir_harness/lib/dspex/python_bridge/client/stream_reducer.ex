@@ -34,8 +34,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   # proxy: nil before the first attempt. dest: of the present one. again: makes the next one. told?: whether anything was given
   # since the start of the run. items: the indices that were given; earlier: those by earlier peers.
-  @enforce_keys [:span, :tools, :about]
-  defstruct [:span, :tools, :about, :proxy, :dest, :conclude, :again] ++
+  @enforce_keys [:span, :tools, :about, :on_journal]
+  defstruct [:span, :tools, :about, :on_journal, :proxy, :dest, :conclude, :again] ++
               [chunks: :repeatable, told?: false, items: MapSet.new(), earlier: MapSet.new()]
 
   @doc "A call to a bridge. The arguments are those of `DSPex.PythonBridge.Client.Caller.exchange/5`, with `:tools` in `opts`."
@@ -113,13 +113,14 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
       telemetry_metadata: Keyword.get(opts, :telemetry_metadata, %{})
     }
 
-    state = %__MODULE__{span: span, tools: Keyword.get(opts, :tools, %{}), about: about}
+    tools = Keyword.get(opts, :tools, %{})
+    state = %__MODULE__{span: span, tools: tools, about: about, on_journal: opts[:on_journal]}
     opened(state, open.([stream: stream?] ++ opts), {:cont, acc}, fun)
   end
 
   # Its chunks, which the proxy keeps, come when the caller asks for them.
   defp opened(state, {:send, dest, deadline, request, conclude}, step, fun) do
-    proxy = state.proxy || StreamProxy.start(state.tools, state.about)
+    proxy = state.proxy || StreamProxy.start(state.tools, state.about, state.on_journal)
     StreamProxy.make(proxy, dest, deadline, request)
     go_on(%{state | proxy: proxy, dest: dest, conclude: conclude, again: nil}, step, fun)
   end

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
 
   import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
 
-  alias DSPex.PythonBridge.{Client, Error, Protocol}
+  alias DSPex.PythonBridge.{Calls, Client, Error, Protocol}
   alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.OTP.{Deadline, Server}
   alias DSPex.PythonBridge.Pool.{Handle, Route, Sums}
@@ -102,6 +102,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       route
       | resend?: Keyword.get(opts, :retry, true),
         stream?: Keyword.get(opts, :stream, false),
+        journal: Calls.Journal.new(opts),
         reach: if(opts[:spread], do: :any, else: :all)
     }
   end
