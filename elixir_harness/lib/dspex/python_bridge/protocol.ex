@@ -272,14 +272,6 @@ defmodule DSPex.PythonBridge.Protocol do
   defp reason({:ok, _term}, kind, keys), do: {:error, {kind, "JSON, but no object with #{keys}"}}
   defp reason({:error, reason}, _kind, _keys), do: {:error, reason}
 
-  @doc """
-  Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From
-  its first bytes.
-  """
-  @spec repeatable?(binary()) :: boolean()
-  def repeatable?(frame),
-    do: frame =~ ~r/\A\{"id": ?\d+, ?"stream": ?\{"(status|index|progress|candidate)":/
-
   @doc "The chunk that a caller gets between those of two peers."
   @spec restarted_chunk() :: binary()
   def restarted_chunk, do: ~s({"id":0,"stream":{"status":"restarted"}})

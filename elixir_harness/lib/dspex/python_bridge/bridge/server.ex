@@ -68,8 +68,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     Process.flag(:async_dist, true)
     name = State.name(options)
     programs = if options.store == nil, do: declared(options, name), else: options.store
-    entry = %{name: name, programs: programs, default_timeout: options.default_timeout}
-    Registry.put(:bridge, self(), entry)
+    entry = Map.take(options, [:default_timeout, :journal_bytes])
+    Registry.put(:bridge, self(), Map.merge(entry, %{name: name, programs: programs}))
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)
 
@@ -261,6 +261,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   defp request_came(state, request) do
     max = state.options.max_frame_bytes
+    room = max - @head_bytes - byte_size(request.body)
+    request = %{request | journal: Journal.fit(request.journal, room)}
     size = byte_size(request.body) + Journal.bytes(request.journal)
 
     cond do
@@ -313,7 +315,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   defp chunk_came(state, port, id, frame) do
     case Calls.chunk(state.in_flight, port, id, frame) do
-      {:ok, in_flight} -> %{state | in_flight: in_flight}
+      :ok -> state
       :nobody -> %{state | late_replies: state.late_replies + 1}
     end
   end

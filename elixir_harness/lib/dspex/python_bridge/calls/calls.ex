@@ -107,31 +107,17 @@ defmodule DSPex.PythonBridge.Calls do
 
   @doc "Sends a chunk to its caller; `:nobody` if no caller takes it (any longer)."
   @spec chunk(InFlight.t(), SendQueue.transport(), pos_integer(), binary()) ::
-          {:ok, InFlight.t()} | :nobody
-  def chunk(%InFlight{calls: calls} = in_flight, port, id, frame) do
+          :ok | :nobody
+  def chunk(%InFlight{calls: calls}, port, id, frame) do
     case Map.get(calls, id) do
-      %Request{at: ^port, stream?: true} = request ->
-        # DSPex.PythonBridge.Client.StreamProxy waits for it, and for the tool calls below.
-        send(request.ref, {request.ref, :chunk, frame})
-        {:ok, note_chunk(in_flight, id, request, frame)}
+      %Request{at: ^port, stream?: true, ref: ref} ->
+        # DSPex.PythonBridge.Client.StreamProxy waits for it, and for what comes below.
+        send(ref, {ref, :chunk, frame})
+        :ok
 
       _none ->
         :nobody
     end
-  end
-
-  # After the first one that cannot be taken back the others are not looked at.
-  defp note_chunk(in_flight, id, request, frame) do
-    if request.resend in [:never, :tool_begun] or Protocol.repeatable?(frame),
-      do: in_flight,
-      else: stays(in_flight, id, request, :never)
-  end
-
-  # It is not resent, so only a change of the programs needs the body.
-  defp stays(in_flight, id, request, resend) do
-    body = if request.change, do: request.body, else: ""
-    journal = Journal.drop(request.journal)
-    InFlight.put(in_flight, id, %{request | body: body, journal: journal, resend: resend})
   end
 
   @doc "Keeps an entry of a run's journal, and sends it to the caller; `:nobody` if the run has none (any longer)."
@@ -167,8 +153,13 @@ defmodule DSPex.PythonBridge.Calls do
   @spec bind(InFlight.t(), SendQueue.transport(), pos_integer()) :: {:ok | :over, InFlight.t()}
   def bind(%InFlight{calls: calls} = in_flight, port, id) do
     case Map.get(calls, id) do
-      %Request{at: ^port} = request -> {:ok, stays(in_flight, id, request, :tool_begun)}
-      _none -> {:over, in_flight}
+      %Request{at: ^port} = request ->
+        journal = Journal.drop(request.journal)
+        request = %{request | body: "", journal: journal, resend: :tool_begun}
+        {:ok, InFlight.put(in_flight, id, request)}
+
+      _none ->
+        {:over, in_flight}
     end
   end
 

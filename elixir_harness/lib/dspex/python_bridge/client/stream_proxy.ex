@@ -152,7 +152,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     request = %{request | ref: ref, pid: self(), timeout: left, journal: journal}
     send(dest, {:request, %{request | tools?: tools.tools != %{}}})
     state = %{state | dest: dest, ref: ref, timer: timer, reply: nil, journal: journal}
-    %{state | tools: %{tools | dest: dest}}
+    # Also at the same peer the run begins anew.
+    %{state | tools: %{tools | dest: dest, port: nil}}
   end
 
   defp journaled(%__MODULE__{on_journal: on_journal, journal: journal} = state, entry) do

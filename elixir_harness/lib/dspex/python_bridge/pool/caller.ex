@@ -59,15 +59,15 @@ defmodule DSPex.PythonBridge.Pool.Caller do
          do: {:send, bridge, deadline, request, &conclude(route, &1, &2)}
   end
 
-  defp conclude(route, reply, :repeatable) do
+  defp conclude(route, reply, false) do
     case Route.follow(route, reply) do
       {:resend, route} -> {:again, fn -> open(route) end}
       {:done, result} -> result
     end
   end
 
-  # With chunks that were given, it is not resent.
-  defp conclude(%Route{handle: %Handle{name: name}}, reply, :final) do
+  # A tool of it has begun that must not be called again.
+  defp conclude(%Route{handle: %Handle{name: name}}, reply, true) do
     with {:error, %Error{type: :bridge_not_running}} <- Client.Caller.read(reply) do
       if Handle.fetch(name),
         do: {:error, Error.new(:python_process_died)},
@@ -87,7 +87,8 @@ defmodule DSPex.PythonBridge.Pool.Caller do
         body: body,
         deadline: Deadline.new(timeout, started),
         change: Change.new(command, args),
-        program: program(command, args)
+        program: program(command, args),
+        journal: Calls.Journal.new(opts, command, args, handle.settings.journal_bytes)
       }
 
       {:ok, options(route, opts)}
@@ -102,7 +103,6 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       route
       | resend?: Keyword.get(opts, :retry, true),
         stream?: Keyword.get(opts, :stream, false),
-        journal: Calls.Journal.new(opts),
         reach: if(opts[:spread], do: :any, else: :all)
     }
   end

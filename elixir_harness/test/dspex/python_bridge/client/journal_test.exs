@@ -1,8 +1,5 @@
 defmodule DSPex.PythonBridge.Client.JournalTest do
-  @moduledoc """
-  The journal of a run: the LM's answers that its peers have sent, with the real peer and an LM on loopback that counts what it is
-  asked. Each of its answers has a number that no other has, so that one that was asked for again is seen.
-  """
+  @moduledoc "The journal of a run, by which the next peer goes on where the one before has died, with the real peer."
 
   use ExUnit.Case,
     async: true,
@@ -10,67 +7,24 @@ defmodule DSPex.PythonBridge.Client.JournalTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.{Error, Pool}
-  alias DSPex.Test.Loopback
+  alias DSPex.PythonBridge.{Bridge, Error, Pool}
+  alias DSPex.Test.AgentLM
 
-  @agent %{
-    id: "agent",
-    signature: "question -> answer",
-    program_type: "react",
-    options: %{max_iters: 5},
-    tools: [%{name: "do", description: "does", args: %{what: "string"}}]
-  }
+  # Two steps with a tool, one that finishes, and the answer.
+  @total 4
 
   setup_all %{api: api} do
-    asked = :counters.new(1, [])
-    serve = fn socket, _owner -> Loopback.answer_chats(socket, &answer(&1, asked)) end
-    url = "http://127.0.0.1:#{Loopback.start(serve)}/v1"
-    lm_options = [api_base: url, api_key: "not-a-key", cache: false]
-
-    opts =
-      real_opts(lm: "openai/stub", lm_options: lm_options, name: Module.concat(api, "OfJournals"))
-
-    opts = if api == Pool, do: [pool_size: 1] ++ opts, else: opts
-    server = start_supervised!({api, opts})
-    {:ok, _} = api.call(server, :create_program, @agent, 30_000)
+    {lm, asked} = AgentLM.start()
+    opts = real_opts(name: Module.concat(api, "OfJournals"), max_retries: 50)
+    server = start_supervised!({api, if(api == Pool, do: [pool_size: 1] ++ opts, else: opts)})
+    {:ok, _} = api.call(server, :create_program, AgentLM.agent("agent", lm), 30_000)
     %{server: server, asked: asked}
   end
 
-  # An agent's three steps, two of them with the tool, and its answer.
-  defp answer(messages, asked) do
-    :counters.add(asked, 1, 1)
-    text = List.last(messages)["content"]
-    step = length(Regex.scan(~r/\[\[ ## observation_/, text))
-    number = :counters.get(asked, 1)
-
-    cond do
-      not (hd(messages)["content"] =~ "next_tool_name") ->
-        write(reasoning: "So", answer: "no. #{number}")
-
-      step < 2 ->
-        step("do", ~s({"what": "#{step}"}), number)
-
-      true ->
-        step("finish", "{}", number)
-    end
-  end
-
-  defp step(name, args, number),
-    do: write(next_thought: "no. #{number}", next_tool_name: name, next_tool_args: args)
-
-  defp write(fields) do
-    fields = for {name, text} <- fields, into: "", do: "[[ ## #{name} ## ]]\n#{text}\n\n"
-    fields <> "[[ ## completed ## ]]"
-  end
+  defp args, do: %{program_id: "agent", inputs: %{question: "a b"}}
 
   defp run(%{api: api, server: server}, opts),
-    do:
-      api.request(
-        server,
-        :execute_program,
-        %{program_id: "agent", inputs: %{question: "Why?"}},
-        opts
-      )
+    do: api.request(server, :execute_program, args(), [timeout: 60_000] ++ opts)
 
   defp counted(asked, fun) do
     before = :counters.get(asked, 1)
@@ -78,61 +32,92 @@ defmodule DSPex.PythonBridge.Client.JournalTest do
     {:counters.get(asked, 1) - before, result}
   end
 
-  test "a run that is given the first entries of another asks for the rest only", context do
-    test = self()
-    keep = fn entry -> send(test, {:entry, entry}) end
-    tools = %{do: fn %{"what" => what} -> send(test, {:does, what}) && "did #{what}" end}
-    opts = [tools: tools, journal: [], on_journal: keep]
-    assert {4, {:ok, result, _meta}} = counted(context.asked, fn -> run(context, opts) end)
-    {:messages, messages} = Process.info(self(), :messages)
-    # Each answer comes before the tool call that follows from it.
-    assert [
-             {:entry, one},
-             {:does, "0"},
-             {:entry, two},
-             {:does, "1"},
-             {:entry, three},
-             {:entry, four}
-           ] =
-             messages
+  # A function that tells the test, and then does the rest.
+  defp telling(test, tag, then \\ fn _ -> :ok end),
+    do: fn it -> send(test, {tag, it}) && then.(it) end
 
+  defp tools(then \\ fn _ -> "done" end),
+    do: %{do: fn %{"what" => what} -> telling(self_or_test(), :does, then).(what) end}
+
+  # Tools run in processes of their own.
+  defp self_or_test, do: List.last([self() | Process.get(:"$callers", [])])
+
+  defp mailbox do
+    {:messages, messages} = Process.info(self(), :messages)
+    for _ <- messages, do: receive(do: (message -> message))
+  end
+
+  defp kill_peer(%{api: Pool, server: server}), do: kill(hd(Pool.status(server).peers).os_pid)
+  defp kill_peer(%{server: server}), do: kill(Bridge.get_status(server).os_pid)
+
+  test "a run that is given the first entries of another asks for the rest only", context do
+    opts = [tools: tools(), journal: [], on_journal: telling(self(), :entry)]
+    assert {@total, {:ok, result, _meta}} = counted(context.asked, fn -> run(context, opts) end)
+    # Each answer comes before the tool call that follows from it.
+    assert [entry: one, does: "a", entry: two, does: "b", entry: three, entry: four] = mailbox()
     entries = [one, two, three, four]
     assert for(entry <- entries, do: JSON.decode!(entry)["n"]) == [1, 2, 3, 4]
 
-    for known <- 0..4 do
-      opts = [tools: tools, journal: Enum.take(entries, known)]
+    for known <- 0..@total do
+      opts = [tools: tools(), journal: Enum.take(entries, known)]
       assert {asked, {:ok, again, meta}} = counted(context.asked, fn -> run(context, opts) end)
-      assert asked == 4 - known
+      assert asked == @total - known
       assert meta["journal"] == %{"replayed" => known, "live" => asked, "unused" => 0}
-      if known == 4, do: assert(again == result)
+      assert Enum.take(AgentLM.numbers(again), known) == Enum.take(AgentLM.numbers(result), known)
     end
   end
 
   test "one whose entry cannot be kept ends before its next step", context do
-    test = self()
-    tools = %{do: fn _args -> send(test, :does) end}
-
     for keep <- [fn _entry -> {:error, "disk full"} end, fn _entry -> raise "disk full" end] do
-      opts = [tools: tools, journal: [], on_journal: keep]
-
-      assert {1, {:error, %Error{type: :cancelled} = error}} =
-               counted(context.asked, fn -> run(context, opts) end)
-
+      opts = [tools: tools(), journal: [], on_journal: keep]
+      assert {1, {:error, error}} = counted(context.asked, fn -> run(context, opts) end)
+      assert %Error{type: :cancelled, retryable: false} = error
       assert error.message =~ "disk full"
-      refute_received :does
+      assert mailbox() == []
     end
   end
 
   test "one that fits no call is refused, without a request", context do
-    opts = [
-      tools: %{do: fn _ -> 1 end},
-      journal: [
-        ~s({"n":1,"key":"00","nth":0,"error":{"type":"LMError"}}),
-        ~s({"n":2,"key":"01","nth":0,"error":{"type":"LMError"}})
-      ]
-    ]
+    entry = &~s({"n":#{&1},"key":"0#{&1}","nth":0,"error":{"type":"LMError"}})
+    opts = [tools: tools(), journal: [entry.(1), entry.(2)]]
+    assert {0, {:error, error}} = counted(context.asked, fn -> run(context, opts) end)
+    assert error.type == :journal_mismatch
+  end
 
-    assert {0, {:error, %Error{type: :journal_mismatch}}} =
-             counted(context.asked, fn -> run(context, opts) end)
+  # Wherever the peer is killed: no answer that has come is asked for again, and each tool is called once.
+  defp assert_goes_on(context, opts) do
+    opts = opts ++ [on_chunk: telling(self(), :chunk)]
+    assert {asked, {:ok, result, _meta}} = counted(context.asked, fn -> run(context, opts) end)
+    # One request may have been under way.
+    assert asked in [@total, @total + 1]
+    told = mailbox()
+    assert for({:does, what} <- told, do: what) == ["a", "b"]
+    numbers = AgentLM.numbers(for {:entry, entry} <- told, do: entry)
+    assert AgentLM.numbers(result) == numbers
+    assert length(numbers) == @total
+    chunks = for {:chunk, chunk} <- told, do: chunk
+    assert Enum.count(chunks, &(&1["status"] == "restarted")) <= 1
+    statuses = for %{"status" => "calling tool" <> _} <- chunks, do: :calling
+    assert length(statuses) == 2
+
+    assert result["answer"] ==
+             for(%{"field" => "answer", "chunk" => c} <- chunks, into: "", do: c)
+
+    refute Enum.any?(chunks, & &1["reset"])
+  end
+
+  test "the peer dies when an answer has come", context do
+    for nth <- 1..@total do
+      kill = fn entry -> if JSON.decode!(entry)["n"] == nth, do: kill_peer(context) end
+      keep = telling(self(), :entry, fn entry -> kill.(entry) && :ok end)
+      assert_goes_on(context, tools: tools(), journal: [], on_journal: keep)
+    end
+  end
+
+  test "the peer dies while a tool runs", context do
+    for fatal <- ["a", "b"] do
+      tools = tools(fn what -> if(what == fatal, do: kill_peer(context)) && "done" end)
+      assert_goes_on(context, tools: tools, journal: [], on_journal: telling(self(), :entry))
+    end
   end
 end

@@ -132,11 +132,12 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
   end
 
   @tag :tmp_dir
-  test "a peer that dies there before a chunk is followed by another one; after it, it is the end",
+  test "a peer that dies there, before a chunk or after it, is followed by another one",
        %{tmp_dir: dir} = context do
     env = %{"FAKE_FILE" => Path.join(dir, "starts")}
-    there = context.start_there.(pool_size: 2, env: env)
-    play = [["first", [["die"]], [["count", 1], ["go", "die"], ["die"]]]]
+    there = context.start_there.(env: env)
+    dies = [["journal", %{"n" => 1}], ["count", 1], ["go", "die"], ["die"]]
+    play = [["first", dies, [["journal", %{"n" => 2}], ["count", 1], ["journal"]]]]
 
     elements =
       for element <- stream(play) do
@@ -144,7 +145,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
         element
       end
 
-    assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = elements
+    # The journal was here, too.
+    assert [{:chunk, "n", "0"}, {:status, "restarted"}, {:ok, [%{"n" => 1}], _}] = elements
     up_on(there)
     idle_on(there)
     starts = File.read!(Path.join(dir, "starts"))
@@ -158,11 +160,13 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
   end
 
   @tag :own_node
-  test "the loss of the node before a chunk is not noticed; after it, it is the end", context do
+  test "after the loss of the node its streams go on here, with their journals", context do
     there = context.start_there.([])
 
     {:suspended, _, next} =
-      Enumerable.reduce(stream([["count", 1], ["go", "on"]]), {:cont, nil}, &{:suspend, {&1, &2}})
+      [["journal", %{"n" => 1}], ["count", 1], ["go", "on"], ["journal"]]
+      |> stream()
+      |> Enumerable.reduce({:cont, nil}, &{:suspend, {&1, &2}})
 
     play = [["count", 1], ["reply", %{}]]
     waits = Task.async(fn -> Enum.to_list(stream([["go", "on"] | play])) end)
@@ -171,12 +175,12 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     Nodes.stop(there)
     assert [error: %Error{type: :python_process_died}] = Task.await(once, 20_000)
 
-    assert {:suspended, {{:error, %Error{type: :python_process_died}}, _}, _} =
-             next.({:cont, nil})
-
+    assert {:suspended, {{:status, "restarted"}, _}, next} = next.({:cont, nil})
     PoolProbe.serve_again(@pool)
-    eventually(fn -> PoolProbe.busy(@pool) == [1] end)
+    on = Task.async(fn -> next.({:cont, nil}) end)
+    eventually(fn -> PoolProbe.busy(@pool) == [2] end)
     go_on(node(), "on")
+    assert {:suspended, {{:ok, [%{"n" => 1}], _}, _}, _} = Task.await(on, 20_000)
     assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(waits, 20_000)
     eventually(fn -> PoolProbe.busy(@pool) == [0] end)
   end
