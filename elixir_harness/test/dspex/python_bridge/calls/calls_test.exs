@@ -85,7 +85,7 @@ defmodule DSPex.PythonBridge.CallsTest do
     {:ok, in_flight} = Calls.journal(in_flight, second, 1, ~s({"n":2}))
     {:ok, in_flight} = Calls.journal(in_flight, second, 1, ~s({"n":3}))
     assert %Journal{entries: nil, bytes: 0} = in_flight.calls[1].journal
-    refute inspect(in_flight) =~ ~s("n\\":2)
+    refute inspect(%Journal{most: 9, entries: ["planted"]}) =~ "planted"
     {_ref, in_flight} = accept(in_flight)
     assert Calls.journal(in_flight, second, 2, ~s({"n":1})) == :nobody
   end
