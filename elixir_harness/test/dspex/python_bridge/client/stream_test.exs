@@ -140,13 +140,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
       assert {:error, %Error{type: ^type}} = result
       assert messages() == []
     end
-
-    test "with a peer that dies before a chunk: it is sent again" do
-      bridge = start_again([])
-      play = [["first", [["die"]], [["count", 3], ["reply", %{"again" => true}]]]]
-      assert {:ok, %{"again" => true}, _} = request(bridge, play, to(self()))
-      assert received() == @count
-    end
   end
 
   describe "stream/3" do

@@ -11,8 +11,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
   alias DSPex.Test.PoolProbe
 
-  @chunks for n <- 0..2, do: {:chunk, "n", "#{n}"}
-
   defp start(fake, opts) do
     name = Module.concat(__MODULE__, "Pool#{System.unique_integer([:positive])}")
     start_supervised!({Pool, fake |> fake_opts(opts) |> Keyword.put(:name, name)}, id: name)
@@ -36,26 +34,6 @@ defmodule DSPex.PythonBridge.Pool.StreamTest do
   defp suspend(stream), do: Enumerable.reduce(stream, {:cont, nil}, &{:suspend, [&1 | &2 || []]})
   defp idle(pool), do: eventually(fn -> Enum.uniq(PoolProbe.busy(pool)) == [0] end)
   defp mailbox, do: elem(Process.info(self(), :messages), 1)
-
-  describe "before a chunk" do
-    @describetag :tmp_dir
-
-    test "a call goes to another peer when its own dies, and its tools with it", %{tmp_dir: dir} do
-      pool = start_up("plays", in_dir(dir, pool_size: 2))
-      tool = [["tool", 1, "note", %{}], ["result", 1]]
-      # The first peer, and any that is asked before the second.
-      play = [["first", tool ++ [["die"]], tool ++ [["count", 3], ["reply"]]]]
-      test = self()
-      tools = %{note: fn %{} -> send(test, :noted) && "n" end}
-
-      assert [_, _, _, {:ok, %{"1" => %{"result" => "n"}}, _}] =
-               found = elements(pool, play, tools: tools)
-
-      assert Enum.take(found, 3) == @chunks
-      assert_received :noted
-      idle(pool)
-    end
-  end
 
   describe "after a status" do
     @describetag :tmp_dir
