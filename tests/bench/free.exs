@@ -14,6 +14,7 @@ defmodule Bench.Free do
       {"runs", &runs/0},
       {"programs", &programs/0},
       {"agent", &agent/0},
+      {"journal", &journal/0},
       {"tokens", &tokens/0},
       {"batch", &batch/0},
       {"image", &image/0},
@@ -133,10 +134,26 @@ defmodule Bench.Free do
     end)
   end
 
-  defp ask_agent(bridge, number) do
+  # Runs that are not sent again have none.
+  defp journal do
+    with_program(%{program_type: "react", tools: [@tool], options: %{max_iters: 10}}, fn bridge, _lm ->
+      spread(12, 12, &ask_agent(bridge, &1))
+
+      rounds(9, [ratio: {:with, :without}, peer_ratio: {:peer, :peer_without}], fn ->
+        without = cpu(bridge, fn -> spread(@agents, 12, &ask_agent(bridge, &1, retry: false)) end)
+        journaled = cpu(bridge, fn -> spread(@agents, 12, &ask_agent(bridge, &1)) end)
+        count = @agents * @steps
+        both = %{with: (journaled.peer + journaled.beam) / count, without: (without.peer + without.beam) / count}
+        Map.merge(both, %{peer: journaled.peer / count, peer_without: without.peer / count})
+      end)
+    end)
+  end
+
+  defp ask_agent(bridge, number, opts \\ []) do
     search = fn %{"query" => query, "limit" => limit} -> %{found: [query, "some text of a document"], limit: limit} end
     args = %{program_id: "qa", inputs: %{question: "question #{number}"}}
-    {:ok, result, _} = Bridge.request(bridge, :execute_program, args, timeout: 60_000, tools: %{"search" => search})
+    opts = [timeout: 60_000, tools: %{"search" => search}] ++ opts
+    {:ok, result, _} = Bridge.request(bridge, :execute_program, args, opts)
     32 = map_size(result["trajectory"])
   end
 

@@ -66,6 +66,10 @@ ROWS = [
         *("consumer_ratio", lambda f: f"{f.consumer_ratio:.2f}x ({f.both:.0f} µs)"),
     ),
     Row(
+        *("free", "journal", "a step of an agent with its journal, CPU of Python and BEAM", "without", "≤ 1.05x"),
+        *("ratio", lambda f: f"{f.ratio:.2f}x ({f.with_:.2f} ms)"),
+    ),
+    Row(
         *("free", "runs", "500 runs, 64 in flight, LM free", "plain DSPy", "≤ 1.0x the time"),
         *("ratio", lambda f: f"{f.ratio:.2f}x ({500_000 / f.ms:.0f}/s)", "sidecar-runs.runs_rate {:.0f}/s"),
     ),

@@ -56,6 +56,7 @@ USES: dict[str, tuple[Callable[[str], Any], list[str]]] = {
         [' { "tool_result" : { "call_id" : 12 ,'],
     ),
     "frames:_PING": (lambda text: frames.answer_pings(text.encode(), 0.0), ["\0\0\0Y" + PING, ("\0\0\0Y" + PING) * 2]),
+    "type_parser:_LANGUAGE": (lambda text: type_parser._LANGUAGE.fullmatch(text), ["c++", "java"]),
     "messages:__init__": (lambda text: re.fullmatch(messages._TRACEPARENT, text), [TRACE]),
     "redaction:_SECRET_NAME": (redaction.names_secret, ["api_keys"]),
     "redaction:_USER": (lambda text: redaction._USER.sub("", text), ["https://ab:cd@ef"]),

@@ -21,6 +21,9 @@ defmodule DSPex.Test.FakePeer do
           ["fail", error_type, meta]    an error reply; meta may be left out
           ["die"]                       the end of the peer, with exit status 5
           ["first", steps, others]      steps in the first peer of the bridge, others in its successors
+          ["journaled", steps, others]  steps if the request has a journal, others if it has none
+          ["journal", entry]            an entry of the run's journal
+          ["journal"]                   a reply with the journal of the request
 
       It answers `heard` with all control frames that have come, in their order, and everything else at once.
   """
@@ -143,6 +146,9 @@ defmodule DSPex.Test.FakePeer do
   defp play(state, request, [["first", first, others] | steps]),
     do: play(state, request, if(state.starts == 1, do: first, else: others) ++ steps)
 
+  defp play(state, request, [["journaled", with_it, without] | steps]),
+    do: play(state, request, if(request["journal"], do: with_it, else: without) ++ steps)
+
   defp play(state, request, [step | steps] = left) do
     waits? =
       match?(["result", id] when not is_map_key(state.results, id), step) or
@@ -189,6 +195,10 @@ defmodule DSPex.Test.FakePeer do
     reply(state, request, Map.new(state.results, fn {id, it} -> {id, size.(it)} end))
   end
 
+  defp step(state, request, ["journal", entry]),
+    do: write(state, request, ~s("journal":#{JSON.encode!(entry)}))
+
+  defp step(state, request, ["journal"]), do: reply(state, request, request["journal"])
   defp step(state, request, ["asked"]), do: reply(state, request, asked(request))
   defp step(state, request, ["fail", type]), do: fail(state, request, "no", type)
   defp step(state, request, ["fail", type, meta]), do: fail(state, request, "no", type, meta)

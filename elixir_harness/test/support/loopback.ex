@@ -21,24 +21,42 @@ defmodule DSPex.Test.Loopback do
   def answer_chats(socket, answer, read \\ "") do
     with {:ok, more} <- :gen_tcp.recv(socket, 0) do
       whole? = whole?(read <> more)
-      if whole?, do: :ok = :gen_tcp.send(socket, completion(answer.(messages(read <> more))))
+      if whole?, do: :ok = :gen_tcp.send(socket, chat(read <> more, answer))
       answer_chats(socket, answer, if(whole?, do: "", else: read <> more))
     end
   end
 
-  defp messages(request) do
+  # Head and body in one write: a delayed ACK between two takes 40 ms.
+  defp chat(request, answer) do
     [_head, body] = String.split(request, "\r\n\r\n", parts: 2)
-    JSON.decode!(body)["messages"]
+    %{"messages" => messages} = asked = JSON.decode!(body)
+    text = answer.(messages)
+
+    {type, body} =
+      if asked["stream"],
+        do: {"text/event-stream", events(text)},
+        else: {"application/json", completion(text)}
+
+    head = "HTTP/1.1 200 OK\r\ncontent-type: #{type}\r\n"
+    [head, "content-length: #{byte_size(body)}\r\n\r\n", body]
   end
 
-  # Head and body in one write: a delayed ACK between two takes 40 ms.
+  # A word in each event.
+  defp events(text) do
+    deltas = for [word] <- Regex.scan(~r/\S*\s*/, text), do: %{role: "assistant", content: word}
+
+    for delta <- deltas ++ [nil], into: "" do
+      choice = %{index: 0, delta: delta || %{}, finish_reason: if(delta == nil, do: "stop")}
+      event = %{id: "c", object: "chat.completion.chunk", created: 0, model: "stub"}
+      "data: #{JSON.encode!(Map.put(event, :choices, [choice]))}\n\n"
+    end <> "data: [DONE]\n\n"
+  end
+
   defp completion(text) do
     choice = %{index: 0, message: %{role: "assistant", content: text}, finish_reason: "stop"}
     usage = %{prompt_tokens: 7, completion_tokens: 3, total_tokens: 10}
     about = %{id: "c", object: "chat.completion", created: 0, model: "stub"}
-    body = JSON.encode!(Map.merge(about, %{choices: [choice], usage: usage}))
-    head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
-    [head, "content-length: #{byte_size(body)}\r\n\r\n", body]
+    JSON.encode!(Map.merge(about, %{choices: [choice], usage: usage}))
   end
 
   @doc "Whether these bytes are a whole HTTP request."

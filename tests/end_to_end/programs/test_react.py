@@ -245,6 +245,7 @@ def test_the_answer_is_streamed(agent: Any, how: str) -> None:
         "asking again: submit: Arg n is invalid: Input should be a valid int"
     )
     first, last = frames[: statuses[0]], [frame for frame in frames[statuses[0] + 1 :] if frame["field"] == "answer"]
+    assert first.pop() == {"field": "answer", "reset": True}
     assert "".join(frame["chunk"] for frame in first) == "no"
     assert "".join(frame["chunk"] for frame in last) == "yes, it is" == reply["result"]["answer"] and len(last) > 2
 

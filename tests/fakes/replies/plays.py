@@ -13,6 +13,7 @@ args.play, or args.config.play, is a list of steps:
   ["asked"]                    a reply whose result is what the request asks for: of ASKED
   ["fail", error_type, meta]   an error reply; meta may be left out
   ["die"]                      the end of the peer
+  ["journal", entry]           an entry of the run's journal; without one, a reply with the journal of the request
   ["first", steps, others]     steps in the first peer, others in its successors; needs FAKE_FILE
 
 `heard` is answered with all control frames that have come, in their order. Everything else is answered at once.
@@ -92,6 +93,10 @@ def play(request, steps):
         elif kind == "fail":
             meta = {"meta": step[1]} if len(step) > 1 else {}
             write({"id": call, "success": False, "error": "no", "error_type": step[0], **meta})
+        elif kind == "journal" and step:
+            write({"id": call, "journal": step[0]})
+        elif kind == "journal":
+            write({"id": call, "success": True, "result": request["journal"]})
         elif kind == "die":
             os._exit(5)
         elif kind == "first":

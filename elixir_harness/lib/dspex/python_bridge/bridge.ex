@@ -46,6 +46,7 @@ defmodule DSPex.PythonBridge.Bridge do
   @type request_option :: stream_option() | {:on_chunk, (map() -> term())}
   @type stream_element ::
           {:chunk, field :: String.t(), text :: String.t()}
+          | {:reset, field :: String.t()}
           | {:status, String.t()}
           | {:item, non_neg_integer(), {:ok, map()} | {:error, Error.t()}}
           | {:ok, result :: term(), meta :: map()}
@@ -97,7 +98,7 @@ defmodule DSPex.PythonBridge.Bridge do
   Replaces the peer: another one is started, gets the programs, which it loads when they are run, and then the calls. The old peer serves until then and
   finishes its calls; those that it has not finished after `DSPY_BRIDGE_DRAIN_MS` (5 s by default) are sent again to
   the new one. Callers do not notice, except if their call is not finished by then and cannot be sent again, because of
-  `retry: false`, a chunk of a field that was streamed, or a tool with `repeat: false` that has begun: they get
+  `retry: false`, or a tool with `repeat: false` that has begun: they get
   `:python_process_died`. A `create_program` or `cleanup` that the old one has not answered then is made by the new one.
 
   Of a pool each bridge is restarted by itself, by its name in `DSPex.PythonBridge.Pool.status/1`; for the pool's own name
@@ -206,10 +207,10 @@ defmodule DSPex.PythonBridge.Bridge do
       call runs in its own process, several at once if the peer asks for it, and is killed when the request is over.
       One that has captured more than 64 KB is not copied for each call: its processes make one call after the other.
 
-      When the peer dies, the next one starts the run from the beginning. A tool call that it makes with the name and
-      the arguments of an earlier one gets the answer of that, without the function: the first of such calls that of
-      the first, and so on. It waits for one that is still running. All other calls are new. The answers are kept until
-      the run is over.
+      When the peer dies, the next one gets what the LM has answered, asks for the rest only, and makes the same tool
+      calls. A tool call with the name and the arguments of an earlier one gets the answer of that, without the function:
+      the first of such calls that of the first, and so on. It waits for one that is still running. All other calls are
+      new. The answers are kept until the run is over, those of the LM up to the bridge's `:journal_bytes`.
 
       `{function, repeat: false}` in place of a function: once it has begun, the request is not sent again, but gives
       `:python_process_died`, with `retryable: false`. By default `repeat: true`.
@@ -230,9 +231,9 @@ defmodule DSPex.PythonBridge.Bridge do
       `%{tenant: "acme"}`; by default empty. It stays on this node.
     * `:on_chunk` – a function of one argument, called in this process with each map that comes before the reply, in
       order: `%{"field" => …, "chunk" => …}`, `%{"status" => …}`, and for a list of inputs each result,
-      `%{"index" => …, "success" => …, …}`. After a chunk of a field the request is not sent again when the peer
-      dies; if it is, there is `%{"status" => "restarted"}` in between, and items that were given do not come again. If
-      it raises, the request is cancelled and the caller gets the exception.
+      `%{"index" => …, "success" => …, …}`. If the peer dies in between, `%{"status" => "restarted"}` comes, and the next
+      one goes on: what was given does not come again. `%{"field" => …, "reset" => true}`: the field begins anew, and its
+      chunks up to then are void. If it raises, the request is cancelled and the caller gets the exception.
 
   A wrong option gives an error of type `:invalid_request` that names it.
   """
@@ -255,7 +256,7 @@ defmodule DSPex.PythonBridge.Bridge do
   end
 
   defp exchange(server, command, args, %{timeout: timeout, opts: opts} = options) do
-    if options.on_chunk || opts[:tools],
+    if options.on_chunk || opts[:tools] || opts[:journal],
       do:
         StreamReducer.run(
           StreamReducer.to_bridge(server, command, args, timeout, opts),
@@ -268,7 +269,9 @@ defmodule DSPex.PythonBridge.Bridge do
   Streams an `execute_program` call, as a lazy enumerable of:
 
     * `{:chunk, field, text}` – more of an output field
-    * `{:status, text}` – the program's present step; `"restarted"` if the peer has died, and the next one starts anew
+    * `{:reset, field}` – the field begins anew: its chunks up to then are void
+    * `{:status, text}` – the program's present step; `"restarted"` if the peer has died, and the next one goes on: what was
+      given does not come again
     * `{:item, index, result}` – for a list of inputs, the result of that index, as `{:ok, fields}` or
       `{:error, %DSPex.PythonBridge.Error{}}`
     * always last, the result of `request/4`: `{:ok, result, meta}` or `{:error, %DSPex.PythonBridge.Error{}}`

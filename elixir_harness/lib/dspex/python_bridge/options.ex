@@ -27,7 +27,8 @@ defmodule DSPex.PythonBridge.Options do
 
   defstruct ~w(name python_executable script_path env programs observer transport store)a ++
               [max_frame_bytes: 64 * 1024 * 1024, default_timeout: 30_000, max_retries: 3] ++
-              [max_pending: 100_000, start_timeout: 30_000, drain_ms: 5_000]
+              [max_pending: 100_000, start_timeout: 30_000, drain_ms: 5_000] ++
+              [journal_bytes: 8 * 1024 * 1024]
 
   @type t :: %__MODULE__{
           name: GenServer.name() | nil,
@@ -39,6 +40,7 @@ defmodule DSPex.PythonBridge.Options do
           max_retries: non_neg_integer(),
           max_pending: pos_integer(),
           start_timeout: pos_integer(),
+          journal_bytes: non_neg_integer(),
           drain_ms: non_neg_integer(),
           programs: (-> [{id :: String.t(), arguments :: %{String.t() => term()}}]) | nil,
           observer: {module(), term()} | nil,
@@ -134,6 +136,7 @@ defmodule DSPex.PythonBridge.Options do
       max_retries: :count,
       max_pending: :positive,
       start_timeout: :ms,
+      journal_bytes: :count,
       programs: {&Programs.Declared.new/1, []},
       observer: :any,
       transport: :any,

@@ -117,9 +117,7 @@ defmodule DSPex.PythonBridge.Pool do
   As `call/4`, with the options, results and errors of `DSPex.PythonBridge.Bridge.request/4`: `{:ok, result, meta}` or
   `{:error, %DSPex.PythonBridge.Error{}}`.
 
-    * with `:on_chunk`, the call goes from peer to peer until its first chunk of a field; then it stays with the peer that has
-      given it, and `:python_process_died` is the result if that dies
-    * `:tools` run in the calling node. What they have answered goes with the call to the next peer
+    * `:tools` run in the calling node. What they and the LM have answered goes with the call to the next peer
     * with `retry: false`, a run is not sent again after a peer has died with it. One that its peer has not got yet is
       sent to another
     * `meta["duration_ms"]` of `get_stats` and `list_programs` is the time until the answers were added; their `meta` has
@@ -154,7 +152,7 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   defp exchange(pool, command, args, %{timeout: timeout, opts: opts} = options) do
-    if options.on_chunk || opts[:tools],
+    if options.on_chunk || opts[:tools] || opts[:journal],
       do:
         StreamReducer.run(Caller.streamed(pool, command, args, timeout, opts), options.on_chunk),
       else: Caller.exchange(pool, command, args, timeout, opts)
@@ -166,8 +164,7 @@ defmodule DSPex.PythonBridge.Pool do
       for {:chunk, "answer", text} <- Pool.stream(%{program_id: "qa", inputs: %{question: "Why?"}}),
           do: IO.write(text)
 
-  Until its first chunk of a field the call goes from peer to peer as any other; the peer that has given one keeps it, and
-  `:python_process_died` is the last element if that dies. A peer works on many streams at once.
+  If its peer dies, it goes on at another one, where it was. A peer works on many streams at once.
   """
   @spec stream(pool(), map(), [Bridge.stream_option()]) :: Enumerable.t(Bridge.stream_element())
   def stream(pool \\ __MODULE__, args, opts \\ [])

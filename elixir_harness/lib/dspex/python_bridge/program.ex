@@ -48,8 +48,8 @@ defmodule DSPex.PythonBridge.Program do
 
     * `run(inputs, opts \\\\ [])` – `{:ok, struct}`, or `{:error, %DSPex.PythonBridge.Error{}}`, which names the field
     * `stream(inputs, opts \\\\ [])` – the elements of `DSPex.PythonBridge.Bridge.stream/3`, with the names of the
-      module's fields as atoms: `{:chunk, :reasoning, text}`, `{:status, text}` and, always last,
-      `{:ok, struct, meta}` or `{:error, error}`
+      module's fields as atoms: `{:chunk, :reasoning, text}`, `{:reset, :reasoning}`, `{:status, text}` and,
+      always last, `{:ok, struct, meta}` or `{:error, error}`
     * `definition()` – the arguments of `create_program`, for `programs:` in the options of a Bridge, Pool or Supervisor,
       or for `Bridge.call(:create_program, MyApp.Triage.definition())`
 
@@ -126,6 +126,7 @@ defmodule DSPex.PythonBridge.Program do
           {:ok, results(struct)} | {:ok, results(struct), meta :: map()} | {:error, Error.t()}
   @type stream_element(struct) ::
           {:chunk, field :: atom() | String.t(), text :: String.t()}
+          | {:reset, field :: atom() | String.t()}
           | {:status, String.t()}
           | {:item, non_neg_integer(), {:ok, struct} | {:error, Error.t()}}
           | {:ok, results(struct), meta :: map()}

@@ -132,8 +132,8 @@ defmodule DSPex.PythonBridge.Protocol do
   ## Replies
 
   @doc """
-  The kind and id of a frame, from its first bytes: the peer writes `id` as the first key, and `stream` or `tool_call`
-  as the second; any other frame is a reply. Ids that the bridge does not give (strings, null, negative ones) are
+  The kind and id of a frame, from its first bytes: the peer writes `id` as the first key, and `stream`, `journal` or
+  `tool_call` as the second; any other frame is a reply. Ids that the bridge does not give (strings, null, negative ones) are
   `:none`. A log record has no id: `log` is its first key.
 
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":12,"success":true,"result":{}}))
@@ -141,7 +141,8 @@ defmodule DSPex.PythonBridge.Protocol do
       iex> DSPex.PythonBridge.Protocol.route(~s({"id":null,"success":false}))
       :none
   """
-  @spec route(binary()) :: {:reply | :stream | :tool_call, non_neg_integer()} | :log | :none
+  @spec route(binary()) ::
+          {:reply | :stream | :journal | :tool_call, non_neg_integer()} | :log | :none
   def route(<<"{\"id\":", rest::binary>>), do: route_value(rest)
   def route(<<"{\"log\":", _rest::binary>>), do: :log
   def route(frame) when is_binary(frame), do: :none
@@ -165,6 +166,7 @@ defmodule DSPex.PythonBridge.Protocol do
   defp take_id(rest, id, _n), do: {id, rest}
 
   defp route_kind(<<"\"stream\"", _rest::binary>>, id), do: {:stream, id}
+  defp route_kind(<<"\"journal\"", _rest::binary>>, id), do: {:journal, id}
   defp route_kind(<<"\"tool_call\"", _rest::binary>>, id), do: {:tool_call, id}
   defp route_kind(<<?\s, rest::binary>>, id), do: route_kind(rest, id)
   defp route_kind(_rest, id), do: {:reply, id}
@@ -270,17 +272,26 @@ defmodule DSPex.PythonBridge.Protocol do
   defp reason({:ok, _term}, kind, keys), do: {:error, {kind, "JSON, but no object with #{keys}"}}
   defp reason({:error, reason}, _kind, _keys), do: {:error, reason}
 
-  @doc """
-  Whether a chunk may come again, if the run is sent again after the death of a peer: a status, or an item of a list. From
-  its first bytes.
-  """
-  @spec repeatable?(binary()) :: boolean()
-  def repeatable?(frame),
-    do: frame =~ ~r/\A\{"id": ?\d+, ?"stream": ?\{"(status|index|progress|candidate)":/
-
   @doc "The chunk that a caller gets between those of two peers."
   @spec restarted_chunk() :: binary()
   def restarted_chunk, do: ~s({"id":0,"stream":{"status":"restarted"}})
+
+  @doc """
+  The entry of a frame of a journal, as the peer has written it; nil for bytes that are no such frame. It is not decoded: it
+  is for a peer.
+
+      iex> DSPex.PythonBridge.Protocol.journal_entry(~s({"id":7,"journal":{"n":1,"nth":0}}))
+      ~s({"n":1,"nth":0})
+  """
+  @spec journal_entry(binary()) :: binary() | nil
+  def journal_entry(frame) do
+    size = byte_size(frame)
+
+    with [{0, head}] <- Regex.run(~r/\A\{"id": ?\d+, ?"journal": ?(?=\{)/, frame, return: :index),
+         "}}" <- binary_part(frame, size - 2, 2),
+         do: binary_part(frame, head, size - head - 1),
+         else: (_another_form -> nil)
+  end
 
   @doc """
   Decodes a tool call: `{:ok, call_id, name, args}`, or `{:error, call_id, text}` for a call that can be answered but

@@ -11,7 +11,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol, Telemetry}
   alias DSPex.PythonBridge.Bridge.{LogForwarder, Peer, PeerLifecycle, State, Status}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Journal, Request}
   alias DSPex.PythonBridge.OS.Reaper
   alias DSPex.PythonBridge.OTP.{Deadline, Registry, ServerGuard}
   alias DSPex.PythonBridge.Tools.Invocation
@@ -68,8 +68,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     Process.flag(:async_dist, true)
     name = State.name(options)
     programs = if options.store == nil, do: declared(options, name), else: options.store
-    entry = %{name: name, programs: programs, default_timeout: options.default_timeout}
-    Registry.put(:bridge, self(), entry)
+    entry = Map.take(options, [:default_timeout, :journal_bytes])
+    Registry.put(:bridge, self(), Map.merge(entry, %{name: name, programs: programs}))
     # Keeps queued messages, which have the callers' contents, out of crash reports.
     Process.flag(:sensitive, true)
 
@@ -134,6 +134,7 @@ defmodule DSPex.PythonBridge.Bridge.Server do
     case Protocol.route(frame) do
       {:reply, id} -> state |> reply_came(port, id, frame) |> noreply(frame)
       {:stream, id} -> state |> chunk_came(port, id, frame) |> noreply(frame)
+      {:journal, id} -> state |> journaled(port, id, frame) |> noreply(frame)
       {:tool_call, id} -> state |> tool_called(port, id, frame) |> noreply(frame)
       :log -> state |> logged(port, frame) |> noreply(frame)
       :none -> state |> unreadable_frame() |> noreply(frame)
@@ -267,6 +268,9 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   defp request_came(state, request) do
     max = state.options.max_frame_bytes
+    room = max - @head_bytes - byte_size(request.body)
+    request = %{request | journal: Journal.fit(request.journal, room)}
+    size = byte_size(request.body) + Journal.bytes(request.journal)
 
     cond do
       state.status == :stopping ->
@@ -278,8 +282,8 @@ defmodule DSPex.PythonBridge.Bridge.Server do
       request.change == nil and InFlight.pending(state.in_flight) >= state.options.max_pending ->
         refuse(state, request, :overloaded)
 
-      byte_size(request.body) + @head_bytes > max ->
-        refuse(state, request, {:too_large, byte_size(request.body), max})
+      size + @head_bytes > max ->
+        refuse(state, request, {:too_large, size, max})
 
       true ->
         %{state | in_flight: Calls.accept(state.in_flight, request)}
@@ -318,7 +322,17 @@ defmodule DSPex.PythonBridge.Bridge.Server do
 
   defp chunk_came(state, port, id, frame) do
     case Calls.chunk(state.in_flight, port, id, frame) do
-      {:ok, in_flight} -> %{state | in_flight: in_flight}
+      :ok -> state
+      :nobody -> %{state | late_replies: state.late_replies + 1}
+    end
+  end
+
+  defp journaled(state, port, id, frame) do
+    with entry when entry != nil <- Protocol.journal_entry(frame),
+         {:ok, in_flight} <- Calls.journal(state.in_flight, port, id, entry) do
+      %{state | in_flight: in_flight}
+    else
+      nil -> unreadable_frame(state)
       :nobody -> %{state | late_replies: state.late_replies + 1}
     end
   end

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Calls do
   # its earlier peer are ignored.
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request, SendQueue}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Journal, Request, SendQueue}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Tools.Invocation
 
@@ -107,30 +107,31 @@ defmodule DSPex.PythonBridge.Calls do
 
   @doc "Sends a chunk to its caller; `:nobody` if no caller takes it (any longer)."
   @spec chunk(InFlight.t(), SendQueue.transport(), pos_integer(), binary()) ::
-          {:ok, InFlight.t()} | :nobody
-  def chunk(%InFlight{calls: calls} = in_flight, port, id, frame) do
+          :ok | :nobody
+  def chunk(%InFlight{calls: calls}, port, id, frame) do
     case Map.get(calls, id) do
-      %Request{at: ^port, stream?: true} = request ->
-        # DSPex.PythonBridge.Client.StreamProxy waits for it, and for the tool calls below.
-        send(request.ref, {request.ref, :chunk, frame})
-        {:ok, note_chunk(in_flight, id, request, frame)}
+      %Request{at: ^port, stream?: true, ref: ref} ->
+        # DSPex.PythonBridge.Client.StreamProxy waits for it, and for what comes below.
+        send(ref, {ref, :chunk, frame})
+        :ok
 
       _none ->
         :nobody
     end
   end
 
-  # After the first one that cannot be taken back the others are not looked at.
-  defp note_chunk(in_flight, id, request, frame) do
-    if request.resend in [:never, :tool_begun] or Protocol.repeatable?(frame),
-      do: in_flight,
-      else: stays(in_flight, id, request, :never)
-  end
+  @doc "Keeps an entry of a run's journal, and sends it to the caller; `:nobody` if the run has none (any longer)."
+  @spec journal(InFlight.t(), SendQueue.transport(), pos_integer(), binary()) ::
+          {:ok, InFlight.t()} | :nobody
+  def journal(%InFlight{calls: calls} = in_flight, port, id, entry) do
+    case Map.get(calls, id) do
+      %Request{at: ^port, journal: %Journal{} = journal, ref: ref} = request ->
+        send(ref, {ref, :journal, entry})
+        {:ok, InFlight.put(in_flight, id, %{request | journal: Journal.add(journal, entry)})}
 
-  # It is not resent, so only a change of the programs needs the body.
-  defp stays(in_flight, id, request, resend) do
-    body = if request.change, do: request.body, else: ""
-    InFlight.put(in_flight, id, %{request | body: body, resend: resend})
+      _none ->
+        :nobody
+    end
   end
 
   @doc "Passes a tool call to the caller that has the tools, or refuses it."
@@ -152,8 +153,13 @@ defmodule DSPex.PythonBridge.Calls do
   @spec bind(InFlight.t(), SendQueue.transport(), pos_integer()) :: {:ok | :over, InFlight.t()}
   def bind(%InFlight{calls: calls} = in_flight, port, id) do
     case Map.get(calls, id) do
-      %Request{at: ^port} = request -> {:ok, stays(in_flight, id, request, :tool_begun)}
-      _none -> {:over, in_flight}
+      %Request{at: ^port} = request ->
+        journal = Journal.drop(request.journal)
+        request = %{request | body: "", journal: journal, resend: :tool_begun}
+        {:ok, InFlight.put(in_flight, id, request)}
+
+      _none ->
+        {:over, in_flight}
     end
   end
 

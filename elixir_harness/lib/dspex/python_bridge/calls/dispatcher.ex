@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   # times at most. Calls that may have killed a peer wait for each other (`DSPex.PythonBridge.Calls.Suspects`).
 
   alias DSPex.PythonBridge.{Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{InFlight, Request, SendQueue, Suspects}
+  alias DSPex.PythonBridge.Calls.{InFlight, Journal, Request, SendQueue, Suspects}
 
   ## Calls
 
@@ -127,7 +127,8 @@ defmodule DSPex.PythonBridge.Calls.Dispatcher do
   end
 
   defp push(%InFlight{to: port, send_queues: queues} = in_flight, id, request) do
-    %Request{deadline: deadline, body: body} = request
+    %Request{deadline: deadline} = request
+    body = Journal.body(request.journal, request.body)
     queue = SendQueue.push_request(Map.fetch!(queues, port), id, deadline, body)
     in_flight = given(%{in_flight | send_queues: %{queues | port => queue}}, request.change)
     InFlight.put(in_flight, id, %{request | at: port})

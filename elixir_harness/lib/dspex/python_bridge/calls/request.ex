@@ -11,16 +11,18 @@ defmodule DSPex.PythonBridge.Calls.Request do
   #     tool has begun that must not be called again
   #   * `deaths`: how many peers have died with it; `spared`: how many more, which were blamed on others
   #   * `stream?`, `tools?`: whether the caller takes chunks, and whether it has given tools
+  #   * `journal`: the LM's answers so far, which are sent along; nil if the run has no journal
   #   * `watch`: the monitor of the caller, or the timer of a cast; nil for a change of the programs that is under way
   #     and whose caller waits no longer
   #   * `deadline`: `timeout` in the bridge's time
   #   * `at`: the port of the peer that has it, or nil
 
+  alias DSPex.PythonBridge.Calls.Journal
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Store
 
   @enforce_keys [:body]
-  defstruct [:ref, :pid, :body, :change, :watch, :deadline, :at] ++
+  defstruct [:ref, :pid, :body, :change, :journal, :watch, :deadline, :at] ++
               [timeout: :infinity, resend: :bridge, deaths: 0, spared: 0] ++
               [stream?: false, tools?: false]
 
@@ -35,6 +37,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
           spared: non_neg_integer(),
           stream?: boolean(),
           tools?: boolean(),
+          journal: Journal.t() | nil,
           watch: {:monitor, reference()} | {:timer, reference()} | nil,
           deadline: Deadline.t() | nil,
           at: port() | pid() | nil
@@ -42,7 +45,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
   @typedoc "What the caller gets: `{ref, reply}`."
   @type reply ::
           {:frame, binary()}
-          | {:error, :timeout | :proxy_died | failure()}
+          | {:error, :timeout | :proxy_died | {:not_kept, String.t()} | failure()}
   @type failure ::
           :python_process_died
           | :replaced

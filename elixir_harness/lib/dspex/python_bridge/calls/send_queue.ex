@@ -58,12 +58,16 @@ defmodule DSPex.PythonBridge.Calls.SendQueue do
   end
 
   @doc "Sends a request, or queues it. `deadline` is in monotonic ms, or `:infinity`; `now` is the present time."
-  @spec push_request(t(), pos_integer(), Deadline.t(), binary(), integer()) :: t()
+  @spec push_request(t(), pos_integer(), Deadline.t(), iodata(), integer()) :: t()
   def push_request(%__MODULE__{} = send_queue, id, deadline, body, now \\ Deadline.now()),
     do: push(send_queue, key(id, body), {:request, id, deadline, body}, now)
 
   # A ping must not wait for the definitions of programs.
-  defp key(id, body), do: if(Protocol.ping?(body), do: id - @ping_offset, else: id)
+  defp key(id, body) when is_binary(body),
+    do: if(Protocol.ping?(body), do: id - @ping_offset, else: id)
+
+  # A run with a journal.
+  defp key(id, _body), do: id
 
   @doc """
   Sends requests whose replies nobody needs, or queues them, before all calls that are sent later. Their id is 0.

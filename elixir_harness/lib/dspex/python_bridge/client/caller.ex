@@ -5,14 +5,20 @@ defmodule DSPex.PythonBridge.Client.Caller do
   # is the part in the middle.
 
   alias DSPex.PythonBridge.{Error, Protocol}
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Calls.{Journal, Request}
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, Registry, Server}
   alias DSPex.PythonBridge.Programs.{Change, Store, Tools}
 
-  @default_timeout 30_000
   @another_node_ms 5_000
-  @replaced "the Python process was replaced before it had replied, and the request, of which chunks " <>
-              "were given or which said retry: false, was not sent again"
+  # What is known of a bridge of another node.
+  @elsewhere %{
+    programs: nil,
+    name: nil,
+    default_timeout: 30_000,
+    journal_bytes: 8 * 1024 * 1024
+  }
+  @replaced "the Python process was replaced before it had replied, and the request, which said " <>
+              "retry: false, was not sent again"
   @tool_begun "the Python process was lost before it had replied, and the request, of which a tool with " <>
                 "repeat: false had begun, was not sent again"
   # The longest timeout of `receive`.
@@ -50,13 +56,15 @@ defmodule DSPex.PythonBridge.Client.Caller do
     with {:ok, dest} <- find(server),
          {:ok, timeout} <- check_timeout(timeout, dest),
          # Only those of this node have entries.
-         entry = Registry.get(:bridge, dest) || %{programs: nil, name: nil},
+         entry = Registry.get(:bridge, dest) || @elsewhere,
          :ok <- Tools.check(entry.programs, {:bridge, entry.name}, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       call = %{server: server, dest: dest, deadline: Deadline.new(timeout, started), args: args}
       resend = if Keyword.get(opts, :retry, true), do: :bridge, else: :never
       request = %Request{body: body, change: Change.new(command, args), resend: resend}
-      {:ok, call, %{request | stream?: Keyword.get(opts, :stream, false)}}
+      stream? = Keyword.get(opts, :stream, false)
+      journal = Journal.new(opts, command, args, entry.journal_bytes)
+      {:ok, call, %{request | stream?: stream?, journal: journal}}
     end
   end
 
@@ -166,6 +174,9 @@ defmodule DSPex.PythonBridge.Client.Caller do
   def read({:error, :proxy_died}),
     do: {:error, Error.new(:cancelled, "the process that made the call was killed")}
 
+  def read({:error, {:not_kept, text}}),
+    do: {:error, Error.new(:cancelled, "an answer of the LM could not be kept: #{text}")}
+
   def read({:error, type}), do: {:error, Error.new(type)}
 
   @doc "A result of a call that must not be made again: a tool of it with `repeat: false` has begun."
@@ -188,12 +199,7 @@ defmodule DSPex.PythonBridge.Client.Caller do
     {:error, Error.new(:invalid_request, text)}
   end
 
-  defp default_timeout(dest) do
-    case Registry.get(:bridge, dest) do
-      %{default_timeout: timeout} -> timeout
-      nil -> @default_timeout
-    end
-  end
+  defp default_timeout(dest), do: (Registry.get(:bridge, dest) || @elsewhere).default_timeout
 
   @doc """
   The address of a bridge. A process of this node that is not a bridge counts as a bridge that is not running: it

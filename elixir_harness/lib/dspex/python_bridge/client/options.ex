@@ -6,6 +6,9 @@ defmodule DSPex.PythonBridge.Client.Options do
   alias DSPex.PythonBridge.{Error, Tools}
   alias DSPex.PythonBridge.Options.Table
 
+  # Not for users. `:journal` has the entries of a run's journal, as peers have written them, the oldest first: no LM is asked
+  # for their answers. `:on_journal` is a `t:DSPex.PythonBridge.Client.StreamProxy.on_journal/0`.
+  @internal [:journal, :on_journal]
   # They are arguments of execute_program on the wire.
   @arguments [:attempts, :max_concurrency, :item_timeout_ms]
   @absent [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
@@ -36,7 +39,7 @@ defmodule DSPex.PythonBridge.Client.Options do
   """
   @spec new(term(), [atom()]) :: {:ok, t()} | {:error, Error.t()}
   def new(opts, allowed) do
-    case Table.check(opts, Keyword.take(table(), allowed)) do
+    case Table.check(opts, Keyword.take(table(), @internal ++ allowed)) do
       {:ok, opts} ->
         {timeout, opts} = Keyword.pop(opts, :timeout, :default)
         {on_chunk, opts} = Keyword.pop(opts, :on_chunk)
@@ -57,6 +60,8 @@ defmodule DSPex.PythonBridge.Client.Options do
       on_chunk: {:test, &is_function(&1, 1), "a function of one argument"},
       history: :boolean,
       telemetry_metadata: :map,
+      journal: :any,
+      on_journal: :any,
       attempts: 1..10,
       max_concurrency: :positive,
       item_timeout_ms: :ms,

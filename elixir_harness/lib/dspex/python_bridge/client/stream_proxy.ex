@@ -10,19 +10,21 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   # It ends when the caller stops it, with the tools, or with the caller; the bridge, which monitors it as any caller, then
   # cancels the call. It uses no links, which a function may remove, or survive by trapping exits.
 
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Calls.{Journal, Request}
   alias DSPex.PythonBridge.OTP.{Ask, Deadline, ServerGuard}
-  alias DSPex.PythonBridge.Tools.Runner
+  alias DSPex.PythonBridge.Tools.{Answer, Runner}
 
   # A queue as a default would be a literal, which Dialyzer does not take for a queue.
   @enforce_keys [:watch, :tools, :chunks]
-  defstruct [:watch, :tools, :chunks, :dest, :ref, :timer, :asked, :reply]
+  defstruct [:watch, :tools, :chunks, :on_journal, :journal, :dest, :ref, :timer, :asked, :reply]
 
-  # watch: the monitor of the caller. asked: the caller's alias, while it waits. reply: for the caller, after the chunks.
+  # watch: the monitor of the caller. journal: nil before the first peer, and without one. asked: the caller's alias, while it waits. reply: for the caller, after the chunks.
   @typep t :: %__MODULE__{
            watch: reference(),
            tools: Runner.t(),
            chunks: :queue.queue(binary()),
+           on_journal: on_journal(),
+           journal: Journal.t() | nil,
            dest: pid() | {atom(), node()} | nil,
            ref: reference() | nil,
            timer: reference() | nil,
@@ -30,11 +32,17 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
            reply: Request.reply() | nil
          }
 
+  @typedoc """
+  Called in this process with each entry of the run's journal, as the peer has written it, before anything is done that
+  follows from it: a tool call, a chunk, the reply. If it raises, or returns `{:error, reason}`, the run ends.
+  """
+  @type on_journal :: (binary() -> term()) | nil
+
   ## In the caller's process
 
   @doc "Starts it for the calling process, with the functions of its call and what the events of these have."
-  @spec start(Runner.tools(), Runner.about()) :: pid()
-  def start(tools, about) do
+  @spec start(Runner.tools(), Runner.about(), on_journal()) :: pid()
+  def start(tools, about, on_journal \\ nil) do
     caller = self()
     # `$callers`, so that Mox and the Ecto sandbox find the test process.
     callers = [caller | Process.get(:"$callers", [])]
@@ -45,7 +53,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         :erlang.process_flag(:async_dist, true)
         watch = Process.monitor(caller)
         tools = Runner.new(tools, about, callers)
-        loop(%__MODULE__{watch: watch, tools: tools, chunks: :queue.new()})
+        state = %__MODULE__{watch: watch, tools: tools, chunks: :queue.new()}
+        loop(%{state | on_journal: on_journal})
       end)
     end)
   end
@@ -83,6 +92,9 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     receive do
       {^ref, :chunk, frame} ->
         hand_out(%{state | chunks: :queue.in(frame, state.chunks)})
+
+      {^ref, :journal, entry} ->
+        journaled(state, entry)
 
       {^ref, :tool_call, invocation} ->
         loop(%{state | tools: Runner.run(tools, invocation)})
@@ -135,9 +147,25 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     ref = :erlang.monitor(:process, dest, alias: :demonitor)
     left = Deadline.left(deadline)
     timer = if left != :infinity, do: :erlang.start_timer(left, self(), :deadline)
-    tools? = tools.tools != %{}
-    send(dest, {:request, %{request | ref: ref, pid: self(), timeout: left, tools?: tools?}})
-    %{state | dest: dest, ref: ref, timer: timer, reply: nil, tools: %{tools | dest: dest}}
+    # What the peers before have sent.
+    journal = request.journal && (state.journal || request.journal)
+    request = %{request | ref: ref, pid: self(), timeout: left, journal: journal}
+    send(dest, {:request, %{request | tools?: tools.tools != %{}}})
+    state = %{state | dest: dest, ref: ref, timer: timer, reply: nil, journal: journal}
+    # Also at the same peer the run begins anew.
+    %{state | tools: %{tools | dest: dest, port: nil}}
+  end
+
+  defp journaled(%__MODULE__{on_journal: on_journal, journal: journal} = state, entry) do
+    case on_journal && Answer.of(fn -> on_journal.(entry) end) do
+      {{:error, text}, _how} ->
+        Runner.stop(state.tools)
+        send(state.dest, {:abandon, state.ref})
+        over(state, {:error, {:not_kept, text}})
+
+      _kept ->
+        loop(%{state | journal: journal && Journal.add(journal, entry)})
+    end
   end
 
   defp timed_out(state) do
@@ -147,7 +175,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   defp over(state, reply) do
     Process.demonitor(state.ref, [:flush])
-    hand_out(%{state | reply: reply})
+    # What else it has sent is not read any more.
+    hand_out(%{state | reply: reply, ref: nil})
   end
 
   defp hand_out(%__MODULE__{asked: nil} = state), do: loop(state)

@@ -7,8 +7,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   # With chunks it is a reduction as `Enumerable` defines it: a function gets one element after the other and says
   # after each whether to go on. Whatever ends it early, an exception of that function included, cancels the call.
 
-  alias DSPex.PythonBridge.Calls.Request
-  alias DSPex.PythonBridge.Client.{Caller, StreamProxy}
+  alias DSPex.PythonBridge.Calls.{Journal, Request}
+  alias DSPex.PythonBridge.Client.{Caller, Delivered, StreamProxy}
   alias DSPex.PythonBridge.{Error, Protocol}
   alias DSPex.PythonBridge.OTP.Deadline
   alias DSPex.PythonBridge.Programs.Change
@@ -22,21 +22,21 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
            open()}
   @type open :: (keyword() -> attempt() | Caller.result())
   @typedoc """
-  A request for a bridge. `conclude` makes its reply the result, or says how the call is made again: not if the reply is
-  `:final`, since chunks were given that cannot come again, or a tool has begun that must not be called again.
+  A request for a bridge. `conclude` makes its reply the result, or says how the call is made again: not if it is bound, since
+  a tool has begun that must not be called again.
   """
   @type attempt ::
           {:send, Caller.dest(), Deadline.t(), Request.t(),
-           conclude :: (Request.reply(), :final | :repeatable ->
+           conclude :: (Request.reply(), bound? :: boolean() ->
                           Caller.result() | {:again, (-> attempt() | Caller.result())})}
   @typedoc "A chunk as the peer wrote it, with string keys; the last element is the result."
   @type element :: {:chunk, map()} | {:over, Caller.result()}
 
-  # proxy: nil before the first attempt. dest: of the present one. again: makes the next one. told?: whether anything was given
-  # since the start of the run. items: the indices that were given; earlier: those by earlier peers.
-  @enforce_keys [:span, :tools, :about]
-  defstruct [:span, :tools, :about, :proxy, :dest, :conclude, :again] ++
-              [chunks: :repeatable, told?: false, items: MapSet.new(), earlier: MapSet.new()]
+  # proxy: nil before the first attempt. attempt: the present one. left: what comes next, before `again` makes the next attempt,
+  # or `result`. journal?: whether the peers may get the run's journal.
+  @enforce_keys [:span, :tools, :about, :on_journal]
+  defstruct [:span, :tools, :about, :on_journal, :proxy, :attempt, :again, :result] ++
+              [delivered: %Delivered{}, left: [], journal?: true]
 
   @doc "A call to a bridge. The arguments are those of `DSPex.PythonBridge.Client.Caller.exchange/5`, with `:tools` in `opts`."
   @spec to_bridge(GenServer.server(), Protocol.command(), map(), timeout() | :default, keyword()) ::
@@ -44,7 +44,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   def to_bridge(server, command, args, timeout, opts) do
     open = fn opts ->
       with {:ok, call, request} <- Caller.prepare(server, command, args, timeout, opts) do
-        conclude = fn reply, _chunks -> Caller.conclude(call, reply) end
+        conclude = fn reply, _bound? -> Caller.conclude(call, reply) end
         {:send, call.dest, call.deadline, request, conclude}
       end
     end
@@ -83,6 +83,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   end
 
   defp element(%{"field" => field, "chunk" => text}), do: {:chunk, field, text}
+  defp element(%{"field" => field, "reset" => true}), do: {:reset, field}
   defp element(%{"status" => text}), do: {:status, text}
 
   defp element(%{"index" => index, "success" => true, "result" => result}),
@@ -113,36 +114,36 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
       telemetry_metadata: Keyword.get(opts, :telemetry_metadata, %{})
     }
 
-    state = %__MODULE__{span: span, tools: Keyword.get(opts, :tools, %{}), about: about}
+    tools = Keyword.get(opts, :tools, %{})
+    state = %__MODULE__{span: span, tools: tools, about: about, on_journal: opts[:on_journal]}
     opened(state, open.([stream: stream?] ++ opts), {:cont, acc}, fun)
   end
 
   # Its chunks, which the proxy keeps, come when the caller asks for them.
   defp opened(state, {:send, dest, deadline, request, conclude}, step, fun) do
-    proxy = state.proxy || StreamProxy.start(state.tools, state.about)
+    proxy = state.proxy || StreamProxy.start(state.tools, state.about, state.on_journal)
+    request = if state.journal?, do: request, else: %{request | journal: nil}
     StreamProxy.make(proxy, dest, deadline, request)
-    go_on(%{state | proxy: proxy, dest: dest, conclude: conclude, again: nil}, step, fun)
+    attempt = {:send, dest, deadline, request, conclude}
+    go_on(%{state | proxy: proxy, attempt: attempt, again: nil}, step, fun)
   end
 
   defp opened(state, result, {:cont, acc}, fun), do: over(state, result, acc, fun)
+
+  defp go_on(%{left: [chunk | left]} = state, {:cont, acc}, fun),
+    do: call_back(%{state | left: left}, chunk, acc, fun)
 
   # It is made again: the peer is gone.
   defp go_on(%{again: open} = state, {:cont, _acc} = step, fun) when open != nil,
     do: opened(state, open.(), step, fun)
 
-  defp go_on(state, {:cont, acc}, fun) do
+  defp go_on(%{result: result} = state, {:cont, acc}, fun) when result != nil,
+    do: over(state, result, acc, fun)
+
+  defp go_on(state, {:cont, acc} = step, fun) do
     case StreamProxy.next(state.proxy) do
-      {:chunk, frame} ->
-        chunk(state, frame, acc, fun)
-
-      {:over, reply, true} ->
-        over(state, Caller.once(state.conclude.(reply, :final)), acc, fun)
-
-      {:over, reply, false} ->
-        case state.conclude.(reply, state.chunks) do
-          {:again, open} -> give(%{state | again: open}, %{"status" => "restarted"}, acc, fun)
-          result -> over(state, result, acc, fun)
-        end
+      {:chunk, frame} -> state |> chunk(frame) |> go_on(step, fun)
+      {:over, reply, bound?} -> state |> replied(reply, bound?) |> go_on({:cont, acc}, fun)
     end
   end
 
@@ -163,33 +164,48 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
   defp last({:halt, acc}), do: {:halted, acc}
   defp last({:suspend, acc}), do: {:suspended, acc, &last/1}
 
-  defp chunk(state, frame, acc, fun) do
-    state = if Protocol.repeatable?(frame), do: state, else: %{state | chunks: :final}
-
+  defp chunk(state, frame) do
     case Protocol.decode_chunk(frame) do
-      {:ok, _id, %{"index" => index} = item} ->
-        if index in state.earlier,
-          do: go_on(state, {:cont, acc}, fun),
-          else: give(%{state | items: MapSet.put(state.items, index)}, item, acc, fun)
+      # Of the bridge, which has sent the run to its next peer.
+      {:ok, _id, %{"status" => "restarted"}} ->
+        restarted(state)
 
       {:ok, _id, chunk} ->
-        give(state, chunk, acc, fun)
+        {chunks, delivered} = Delivered.take(state.delivered, chunk)
+        %{state | left: chunks, delivered: delivered}
 
       {:error, _reason} ->
-        send(state.dest, :unreadable_frame)
-        go_on(state, {:cont, acc}, fun)
+        {:send, dest, _deadline, _request, _conclude} = state.attempt
+        send(dest, :unreadable_frame)
+        state
     end
   end
 
-  # The caller has been given nothing.
-  defp give(%{told?: false} = state, %{"status" => "restarted"}, acc, fun),
-    do: go_on(state, {:cont, acc}, fun)
+  defp restarted(state) do
+    {chunks, delivered} = Delivered.restarted(state.delivered)
+    %{state | left: chunks, delivered: delivered}
+  end
 
-  # The items of earlier peers have been given.
-  defp give(state, %{"status" => "restarted"} = chunk, acc, fun),
-    do: call_back(%{state | told?: false, earlier: state.items}, chunk, acc, fun)
+  defp replied(%{attempt: {:send, _dest, _deadline, request, conclude}} = state, reply, bound?) do
+    case conclude.(reply, bound?) do
+      {:again, open} ->
+        restarted(%{state | again: open})
 
-  defp give(state, chunk, acc, fun), do: call_back(%{state | told?: true}, chunk, acc, fun)
+      {:ok, _id, _result, _meta} = result ->
+        %{state | left: Delivered.rest(state.delivered), result: result}
+
+      {:error, error} ->
+        cond do
+          bound? -> %{state | result: Caller.once({:error, error})}
+          Journal.refused?(request.journal, error) -> without_journal(state)
+          true -> %{state | result: {:error, error}}
+        end
+    end
+  end
+
+  # As a run that has none: the tools that have answered are not called again.
+  defp without_journal(%{attempt: attempt} = state),
+    do: restarted(%{state | journal?: false, again: fn -> attempt end})
 
   defp call_back(state, chunk, acc, fun) do
     step =

@@ -5,7 +5,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
 
   import DSPex.PythonBridge.Pool.Sums, only: [is_summed: 1]
 
-  alias DSPex.PythonBridge.{Client, Error, Protocol}
+  alias DSPex.PythonBridge.{Calls, Client, Error, Protocol}
   alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.OTP.{Deadline, Server}
   alias DSPex.PythonBridge.Pool.{Handle, Route, Sums}
@@ -59,15 +59,15 @@ defmodule DSPex.PythonBridge.Pool.Caller do
          do: {:send, bridge, deadline, request, &conclude(route, &1, &2)}
   end
 
-  defp conclude(route, reply, :repeatable) do
+  defp conclude(route, reply, false) do
     case Route.follow(route, reply) do
       {:resend, route} -> {:again, fn -> open(route) end}
       {:done, result} -> result
     end
   end
 
-  # With chunks that were given, it is not resent.
-  defp conclude(%Route{handle: %Handle{name: name}}, reply, :final) do
+  # A tool of it has begun that must not be called again.
+  defp conclude(%Route{handle: %Handle{name: name}}, reply, true) do
     with {:error, %Error{type: :bridge_not_running}} <- Client.Caller.read(reply) do
       if Handle.fetch(name),
         do: {:error, Error.new(:python_process_died)},
@@ -87,7 +87,8 @@ defmodule DSPex.PythonBridge.Pool.Caller do
         body: body,
         deadline: Deadline.new(timeout, started),
         change: Change.new(command, args),
-        program: program(command, args)
+        program: program(command, args),
+        journal: Calls.Journal.new(opts, command, args, handle.settings.journal_bytes)
       }
 
       {:ok, options(route, opts)}

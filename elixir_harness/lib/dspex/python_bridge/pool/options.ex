@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
   @max_size 1_000
 
   @enforce_keys [:name, :size, :cluster, :bridge, :programs] ++
-                  [:default_timeout, :max_retries, :max_frame_bytes]
+                  [:default_timeout, :max_retries, :max_frame_bytes, :journal_bytes]
   # stub?: its one bridge has the name of the pool, for `DSPex.PythonBridge.Stub`.
   defstruct @enforce_keys ++ [stub?: false]
 
@@ -24,6 +24,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
           default_timeout: timeout(),
           max_retries: non_neg_integer(),
           max_frame_bytes: pos_integer(),
+          journal_bytes: non_neg_integer(),
           stub?: boolean()
         }
 
@@ -42,7 +43,8 @@ defmodule DSPex.PythonBridge.Pool.Options do
          programs: options.programs,
          default_timeout: options.default_timeout,
          max_retries: options.max_retries,
-         max_frame_bytes: options.max_frame_bytes
+         max_frame_bytes: options.max_frame_bytes,
+         journal_bytes: options.journal_bytes
        }}
     end
   end

@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
   @begun [{:died, :sent}, {:died, :spared}, :python_process_died, :replaced, :bridge_not_running]
 
   @enforce_keys [:handle, :body, :deadline]
-  defstruct [:handle, :body, :deadline, :change, :program, :bridge, :at, :overloaded] ++
+  defstruct [:handle, :body, :deadline, :change, :journal, :program, :bridge, :at, :overloaded] ++
               [
                 deaths: 0,
                 spared: 0,
@@ -46,6 +46,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
           body: binary(),
           deadline: Deadline.t(),
           change: Programs.Store.change() | nil,
+          journal: Calls.Journal.t() | nil,
           program: Programs.Store.id() | nil,
           bridge: pid() | nil,
           at: place() | nil,
@@ -128,6 +129,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
     request = %Calls.Request{
       body: route.body,
       change: route.change,
+      journal: route.journal,
       resend: if(stays?(route), do: :bridge, else: :caller),
       deaths: route.deaths,
       spared: route.spared,

@@ -49,6 +49,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
   defp element(_spec, _call, keys, {:chunk, name, text}),
     do: {:chunk, Map.get(keys, name, name), text}
 
+  defp element(_spec, _call, keys, {:reset, name}), do: {:reset, Map.get(keys, name, name)}
   defp element(spec, _call, _keys, {:item, index, result}), do: {:item, index, item(spec, result)}
   defp element(_spec, _call, _keys, {:status, text}), do: {:status, text}
   defp element(spec, call, _keys, last), do: result(spec, call, last)

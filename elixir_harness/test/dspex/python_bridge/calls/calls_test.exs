@@ -6,7 +6,7 @@ defmodule DSPex.PythonBridge.CallsTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Calls, Options, Programs, Protocol}
-  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Request}
+  alias DSPex.PythonBridge.Calls.{Dispatcher, InFlight, Journal, Request}
   alias DSPex.PythonBridge.Tools.Invocation
 
   @frame "a frame"
@@ -51,31 +51,43 @@ defmodule DSPex.PythonBridge.CallsTest do
   describe "chunks" do
     test "come from the peer that has the call", %{first: first, second: second} = context do
       {ref, in_flight} = accept(context.in_flight)
-      assert {:ok, _in_flight} = Calls.chunk(in_flight, first, 1, @frame)
+      assert :ok = Calls.chunk(in_flight, first, 1, @frame)
       assert_received {^ref, :chunk, @frame}
       assert Calls.chunk(in_flight, first, 2, @frame) == :nobody
       assert Calls.chunk(in_flight, second, 1, @frame) == :nobody
       in_flight = second_serves(in_flight, context)
       assert Calls.chunk(in_flight, first, 1, @frame) == :nobody
-      assert {:ok, _in_flight} = Calls.chunk(in_flight, second, 1, "another")
+      assert :ok = Calls.chunk(in_flight, second, 1, "another")
       assert_received {^ref, :chunk, "another"}
       refute_received {^ref, :chunk, @frame}
     end
 
-    test "keep their call at its peer, whoever resends it; a change keeps its body", context do
-      for resend <- [:bridge, :caller, :never],
-          {how, why} <- [died: :python_process_died, replaced: :replaced] do
-        {ref, in_flight} = accept(context.in_flight, resend: resend)
-        {:ok, in_flight} = Calls.chunk(in_flight, context.first, 1, @frame)
-        in_flight = Dispatcher.lost(in_flight, context.first, how)
-        assert InFlight.pending(in_flight) == 0
-        assert_received {^ref, {:error, ^why}}
-      end
-
-      {_ref, in_flight} = accept(context.in_flight, change: {:create, "p", nil})
-      {:ok, in_flight} = Calls.chunk(in_flight, context.first, 1, @frame)
-      assert in_flight.calls[1].body != ""
+    test "do not keep their call at its peer", context do
+      {ref, in_flight} = accept(context.in_flight)
+      :ok = Calls.chunk(in_flight, context.first, 1, @frame)
+      in_flight = Dispatcher.lost(in_flight, context.first, :died)
+      assert InFlight.pending(in_flight) == 1
+      assert_received {^ref, :chunk, @frame}
+      restarted = Protocol.restarted_chunk()
+      assert_received {^ref, :chunk, ^restarted}
     end
+  end
+
+  test "the entries of a journal go to the caller, and with the call to its next peer", context do
+    {ref, in_flight} = accept(context.in_flight, journal: %Journal{most: 20})
+    {:ok, in_flight} = Calls.journal(in_flight, context.first, 1, ~s({"n":1}))
+    assert_received {^ref, :journal, ~s({"n":1})}
+    assert Calls.journal(in_flight, context.second, 1, ~s({"n":2})) == :nobody
+    second = context.second
+    in_flight = second_serves(in_flight, context)
+    assert_receive {^second, ~s({"id":1,"journal":[{"n":1}],"n":1})}
+    # With a third one it has too many bytes: it is not sent, and takes no more.
+    {:ok, in_flight} = Calls.journal(in_flight, second, 1, ~s({"n":2}))
+    {:ok, in_flight} = Calls.journal(in_flight, second, 1, ~s({"n":3}))
+    assert %Journal{entries: nil, bytes: 0} = in_flight.calls[1].journal
+    refute inspect(%Journal{most: 9, entries: ["planted"]}) =~ "planted"
+    {_ref, in_flight} = accept(in_flight)
+    assert Calls.journal(in_flight, second, 2, ~s({"n":1})) == :nobody
   end
 
   test "a replacement is no death, nor is an end that others caused", context do
@@ -100,15 +112,9 @@ defmodule DSPex.PythonBridge.CallsTest do
     end
 
     test "that must not be called twice keep their call at its peer", %{first: first} = context do
-      for how <- [:died, :replaced],
-          resend <- [:bridge, :caller, :never],
-          chunk? <- [false, true] do
+      for how <- [:died, :replaced], resend <- [:bridge, :caller, :never] do
         {ref, in_flight} = accept(context.in_flight, resend: resend)
         assert {:ok, in_flight} = Calls.bind(in_flight, first, 1)
-
-        in_flight =
-          if chunk?, do: elem(Calls.chunk(in_flight, first, 1, @frame), 1), else: in_flight
-
         assert InFlight.pending(Dispatcher.lost(in_flight, first, how)) == 0
         assert_received {^ref, {:error, :tool_begun}}
       end

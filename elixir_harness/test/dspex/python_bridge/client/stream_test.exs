@@ -115,19 +115,12 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
     end
 
     test "with a bridge that is killed after a chunk", %{bridge: bridge, kind: kind} do
-      opts = [timeout: 10_000, on_chunk: fn _chunk -> Process.exit(bridge, :kill) end]
+      opts = [timeout: 2_000, on_chunk: fn _chunk -> Process.exit(bridge, :kill) end]
       result = request(bridge, [["count", 1], ["go", "on"]], opts)
-      # To a pool it is one of its peers.
-      type = if kind == :pool, do: :python_process_died, else: :bridge_not_running
+      # To a pool it is one of its peers, and the call goes on at the next one.
+      type = if kind == :pool, do: :timeout, else: :bridge_not_running
       assert {:error, %Error{type: ^type}} = result
       assert mailbox() == []
-    end
-
-    test "with a peer that dies before a chunk: it is sent again" do
-      bridge = start_again([])
-      play = [["first", [["die"]], [["count", 3], ["reply", %{"again" => true}]]]]
-      assert {:ok, %{"again" => true}, _} = request(bridge, play, to(self()))
-      assert received() == @count
     end
   end
 
@@ -227,7 +220,6 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
                {:status, "calling tool search"},
                {:status, "thinking"},
                {:status, "restarted"},
-               {:status, "calling tool search"},
                {:chunk, "n", "0"},
                {:ok, %{}, _}
              ] = elements
@@ -247,17 +239,113 @@ defmodule DSPex.PythonBridge.Client.StreamTest do
                elements
     end
 
-    test "ends with an error when the peer dies after a chunk" do
-      bridge = start_again([])
-      play = [["first", [["count", 1], ["go", "die"], ["die"]], [["count", 1], ["reply", %{}]]]]
+    defp chunk(field, text), do: ["stream", %{field: field, chunk: text}]
+    defp reset(field), do: ["stream", %{field: field, reset: true}]
+    @again {:status, "asking again: no"}
 
-      elements =
-        for element <- stream(bridge, play) do
-          if match?({:chunk, _, _}, element), do: go(bridge, "die")
-          element
-        end
+    # What the caller gets if the first peer dies after `first`, and the next one sends `others`.
+    defp elements(first, others, opts \\ []) do
+      bridge = start_again(opts)
+      play = [["first", first ++ [["die"]], others ++ [["reply", %{}]]]]
+      elements = Enum.to_list(stream(bridge, play, timeout: 20_000))
+      assert {:ok, %{}, _} = List.last(elements)
+      Enum.drop(elements, -1)
+    end
 
-      assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = elements
+    test "goes on where it was when the peer dies between two chunks" do
+      first = [chunk("a", "Par"), chunk("b", "x"), chunk("a", "is")]
+      given = [{:chunk, "a", "Par"}, {:chunk, "b", "x"}, {:chunk, "a", "is"}]
+      given = given ++ [{:status, "restarted"}]
+      # In one piece, in smaller ones, and with more.
+      others = [chunk("a", "Paris"), chunk("b", "x")]
+      assert elements(first, others) == given
+      others = [chunk("b", "xy"), chunk("a", "P"), chunk("a", "aris, "), chunk("a", "of course")]
+      more = [{:chunk, "b", "y"}, {:chunk, "a", ", "}, {:chunk, "a", "of course"}]
+      assert elements(first, others) == given ++ more
+    end
+
+    test "resets a field whose text differs, or ends earlier" do
+      first = [chunk("a", "Paris"), chunk("b", "x")]
+      given = [{:chunk, "a", "Paris"}, {:chunk, "b", "x"}, {:status, "restarted"}]
+      others = [chunk("b", "x"), chunk("a", "Pa"), chunk("a", "ra"), chunk("a", "gon")]
+      anew = [{:reset, "a"}, {:chunk, "a", "Para"}, {:chunk, "a", "gon"}]
+      assert elements(first, others) == given ++ anew
+      anew = [{:reset, "a"}, {:chunk, "a", "Pa"}, {:reset, "b"}]
+      assert elements(first, [chunk("a", "Pa")]) == given ++ anew
+    end
+
+    test "tells the texts of a field apart that the peer itself begins anew" do
+      told = told("asking again: no")
+      void = [chunk("a", "No"), reset("a"), chunk("a", "Yes"), told, chunk("a", "N")]
+      given = [{:chunk, "a", "No"}, {:reset, "a"}, {:chunk, "a", "Yes"}, @again]
+      given = given ++ [{:chunk, "a", "N"}, {:status, "restarted"}]
+      assert elements(void, void ++ [chunk("a", "o")]) == given ++ [{:chunk, "a", "o"}]
+      # The next one has the first text only, and more of it.
+      anew = [{:reset, "a"}, {:chunk, "a", "Nor"}]
+      assert elements(void, [chunk("a", "No"), chunk("a", "r")]) == given ++ anew
+      assert elements(void, [chunk("a", "No")]) == given ++ [{:reset, "a"}, {:chunk, "a", "No"}]
+    end
+
+    defp journal(n), do: ["journal", %{n: n, key: "k#{n}"}]
+    @entries [%{"n" => 1, "key" => "k1"}, %{"n" => 2, "key" => "k2"}]
+
+    # What a run sends whose peer dies after `first`.
+    defp resent(bridge, first, opts \\ []) do
+      others = [["journaled", [["journal"]], [["reply", "none"]]]]
+      {:ok, sent, _} = request(bridge, [["first", first ++ [["die"]], others]], opts)
+      sent
+    end
+
+    test "is sent again with the answers of its LM, and so is a run with tools" do
+      first = [journal(1), journal(2)]
+
+      for opts <- [to(self()), [tools: %{t: & &1}]],
+          do: assert(resent(start_again([]), first, opts) == @entries)
+
+      # What no peer goes on with is not kept.
+      assert resent(start_again([]), []) == "none"
+      assert received() == []
+    end
+
+    test "begins anew if its journal takes too many bytes, or none is kept" do
+      for most <- [30, 0] do
+        bridge = start_again(journal_bytes: most)
+        assert resent(bridge, [journal(1), journal(2)], to(self())) == "none"
+      end
+
+      # The journal and the request have to fit into a frame.
+      long = ["journal", %{n: 1, key: String.duplicate("x", 900)}]
+      assert resent(start_again(max_frame_bytes: 1_200), [long], to(self())) == "none"
+      assert [%{}] = resent(start_again(max_frame_bytes: 9_000), [long], to(self()))
+    end
+
+    test "begins anew, once, if its journal does not fit the run, with what its tools have answered" do
+      tool = [["tool", 1, "t", %{}], ["result", 1]]
+      mismatch = [["fail", "journal_mismatch"]]
+      played = [["count", 1]] ++ tool
+      others = [["journaled", mismatch, played ++ [["reply"]]]]
+      play = [["first", [journal(1)] ++ played ++ [["die"]], others]]
+      test = self()
+      opts = [tools: %{t: fn _ -> send(test, :called) && "t" end}] ++ to(self())
+      assert {:ok, %{"1" => %{"result" => "t"}}, _} = request(start_again([]), play, opts)
+      assert received() == [hd(@count), %{"status" => "restarted"}]
+      assert_received :called
+      refute_received :called
+      opts = to(self())
+      assert {:error, error} = request(start_again([]), mismatch, opts)
+      assert error.type == :journal_mismatch
+    end
+
+    test "takes no frame of a journal for another, and no bytes that are none", %{bridge: bridge} do
+      frames = [~s({"journal":{"n":1}}), ~s({"id":ID,"journal":[1]}), ~s({"id":ID,"journal":{})]
+      late = [~s({"id":ID,"journal":{"n":1}}), ~s({"id":999,"journal":{"n":1}})]
+      raw = fn frames -> for frame <- frames, do: ["raw", frame] end
+
+      ExUnit.CaptureLog.capture_log(fn ->
+        play = raw.(frames) ++ [["reply", %{}]] ++ raw.(late)
+        assert {:ok, %{}, _} = request(bridge, play, to(self()))
+        assert %{unreadable_frames: 3, late_replies: 2} = Bridge.get_status(bridge)
+      end)
     end
   end
 end

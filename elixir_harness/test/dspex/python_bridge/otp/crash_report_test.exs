@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
 
   alias DSPex.PythonBridge.{Bridge, Pool, Protocol}
   alias DSPex.PythonBridge.Client.StreamProxy
-  alias DSPex.PythonBridge.Calls.Request
+  alias DSPex.PythonBridge.Calls.{Journal, Request}
   alias DSPex.PythonBridge.Pool.Handle
   alias DSPex.PythonBridge.Tools.Invocation
   alias DSPex.PythonBridge.Supervisor, as: BridgeSupervisor
@@ -194,8 +194,10 @@ defmodule DSPex.PythonBridge.OTP.CrashReportTest do
     about = %{pool: nil, program_id: nil, telemetry_metadata: %{}}
     proxy = StreamProxy.start(%{"t" => {& &1, true}}, about)
     # This process is the bridge; its frame is none.
-    StreamProxy.make(proxy, self(), :infinity, %Request{body: @secret, stream?: true})
+    request = %Request{body: @secret, stream?: true, journal: %Journal{most: :infinity}}
+    StreamProxy.make(proxy, self(), :infinity, request)
     assert_receive {:request, %Request{ref: ref, pid: ^proxy, body: @secret, tools?: true}}
+    send(ref, {ref, :journal, @secret})
     frame = {:broken, @secret}
     call = %Invocation{port: hd(Port.list()), id: 1, frame: frame, max_frame_bytes: 1_000}
     # The process of the tool, and then that of the call, which owes an answer.

@@ -1,7 +1,6 @@
 defmodule DSPex.PythonBridge.Tools.OnceTest do
   @moduledoc """
-  Tools of an agent whose peer is killed in the middle of a run: the real peer, with an LM whose answers are in a list,
-  from which each peer starts anew.
+  Tools of an agent whose peer is killed in the middle of a run: the real peer.
   """
 
   use ExUnit.Case, async: true
@@ -9,44 +8,28 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
   import DSPex.Test.Helpers
 
   alias DSPex.PythonBridge.{Bridge, Error, Pool}
-  alias DSPex.Test.PoolProbe
-
-  @agent %{
-    signature: "question -> answer",
-    program_type: "react",
-    options: %{max_iters: 10},
-    tools: [%{name: "do", description: "does", args: %{what: "string"}}]
-  }
+  alias DSPex.Test.{AgentLM, PoolProbe}
 
   @bridge __MODULE__.Bridge
   @pool __MODULE__.Pool
 
-  # Each test has a program of its own, whose LM no peer has asked before.
   setup_all do
-    start_supervised!({Bridge, real_opts(name: @bridge, default_timeout: 30_000)})
-    start_supervised!({Pool, real_opts(name: @pool, pool_size: 2, default_timeout: 30_000)})
+    {lm, _asked} = AgentLM.start()
+    opts = real_opts(default_timeout: 30_000)
+    start_supervised!({Bridge, Keyword.put(opts, :name, @bridge)})
+    start_supervised!({Pool, Keyword.merge(opts, name: @pool, pool_size: 2)})
+
+    for server <- [@bridge, @pool],
+        do: {:ok, _} = module(server).call(server, :create_program, AgentLM.agent("agent", lm))
+
     :ok
   end
 
-  # The server, and an agent that makes these calls of its tool, one after the other.
+  # The server, and what its agent calls its tool with.
   defp start(server, calls) do
     idle? = &(&1.state == :running and &1.pending == 0)
     eventually(fn -> Enum.all?(peers(server), idle?) end, 20_000)
-    id = create(server, scripted(calls))
-    {server, id}
-  end
-
-  defp scripted(calls) do
-    steps = for what <- calls, do: %{next_tool_name: "do", next_tool_args: %{what: what}}
-    answers = steps ++ [%{next_tool_name: "finish"}, %{answer: "done"}]
-    %{model: "offline/script", answers: answers}
-  end
-
-  defp create(server, lm) do
-    id = "agent #{System.unique_integer([:positive])}"
-    agent = Map.merge(@agent, %{id: id, lm: lm})
-    {:ok, _} = module(server).call(server, :create_program, agent, 30_000)
-    id
+    {server, Enum.join(calls, " ")}
   end
 
   defp module(@bridge), do: Bridge
@@ -55,14 +38,10 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
   defp peers(@bridge), do: [Bridge.get_status(@bridge)]
   defp peers(pool), do: Pool.status(pool).peers
 
-  defp ask({server, id}, tool, opts \\ []) do
-    opts = [tools: %{"do" => tool}] ++ opts
-    Task.async(fn -> request(server, id, opts) end)
-  end
-
-  defp request(server, id, opts) do
-    args = %{program_id: id, inputs: %{question: "Why?"}}
-    module(server).request(server, :execute_program, args, opts)
+  defp ask({server, question}, tool) do
+    args = %{program_id: "agent", inputs: %{question: question}}
+    opts = [tools: %{"do" => tool}]
+    Task.async(fn -> module(server).request(server, :execute_program, args, opts) end)
   end
 
   # Sends the test what it does, and with what call_key, and does it when told to.
@@ -89,7 +68,7 @@ defmodule DSPex.PythonBridge.Tools.OnceTest do
     kill(peer.os_pid)
   end
 
-  defp observations({:ok, %{"answer" => "done", "trajectory" => trajectory}, _meta}),
+  defp observations({:ok, %{"trajectory" => trajectory}, _meta}),
     do: for(n <- 0..9, seen = trajectory["observation_#{n}"], do: seen)
 
   test "a call that was answered is not made again by the next peer" do

@@ -100,10 +100,18 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     go_on(there, "on")
     assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(reader)
 
+    play = [["tool", 2, "where", %{a: 1}], ["result", 2], ["reply"]]
+
+    assert {:ok, %{"2" => %{"result" => "here"}}, _} =
+             Pool.request(@pool, :execute_program, %{play: play}, tools: tools)
+
+    assert_received {:on, node} when node == node()
+    idle_on(there)
     assert mailbox() == []
   end
 
-  test "a call that its caller ends is cancelled there", context do
+  test "a call that is halted, times out, or whose caller is killed is cancelled there",
+       context do
     there = context.start_there.([])
     play = [["count", 1], ["go", "on"]]
     assert [{:chunk, "n", "0"}] = play |> stream() |> Enum.take(1)
@@ -123,10 +131,12 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
   end
 
   @tag :tmp_dir
-  test "a peer that dies there is followed by another until a chunk", %{tmp_dir: dir} = context do
+  test "a peer that dies there, before a chunk or after it, is followed by another one",
+       %{tmp_dir: dir} = context do
     env = %{"FAKE_FILE" => Path.join(dir, "starts")}
-    there = context.start_there.(pool_size: 2, env: env)
-    play = [["first", [["die"]], [["count", 1], ["go", "die"], ["die"]]]]
+    there = context.start_there.(env: env)
+    dies = [["journal", %{"n" => 1}], ["count", 1], ["go", "die"], ["die"]]
+    play = [["first", dies, [["journal", %{"n" => 2}], ["count", 1], ["journal"]]]]
 
     elements =
       for element <- stream(play) do
@@ -134,7 +144,8 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
         element
       end
 
-    assert [{:chunk, "n", "0"}, {:error, %Error{type: :python_process_died}}] = elements
+    # The journal was here, too.
+    assert [{:chunk, "n", "0"}, {:status, "restarted"}, {:ok, [%{"n" => 1}], _}] = elements
     up_on(there)
     idle_on(there)
     starts = File.read!(Path.join(dir, "starts"))
@@ -148,11 +159,13 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
   end
 
   @tag :own_node
-  test "the loss of the node before a chunk is not noticed; after it, it is the end", context do
+  test "after the loss of the node its streams go on here, with their journals", context do
     there = context.start_there.([])
 
     {:suspended, _, next} =
-      Enumerable.reduce(stream([["count", 1], ["go", "on"]]), {:cont, nil}, &{:suspend, {&1, &2}})
+      [["journal", %{"n" => 1}], ["count", 1], ["go", "on"], ["journal"]]
+      |> stream()
+      |> Enumerable.reduce({:cont, nil}, &{:suspend, {&1, &2}})
 
     play = [["count", 1], ["reply", %{}]]
     waits = Task.async(fn -> Enum.to_list(stream([["go", "on"] | play])) end)
@@ -161,27 +174,29 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
     Nodes.stop(there)
     assert [error: %Error{type: :python_process_died}] = Task.await(once, 20_000)
 
-    assert {:suspended, {{:error, %Error{type: :python_process_died}}, _}, _} =
-             next.({:cont, nil})
-
+    assert {:suspended, {{:status, "restarted"}, _}, next} = next.({:cont, nil})
     PoolProbe.serve_again(@pool)
-    eventually(fn -> PoolProbe.busy(@pool) == [1] end)
+    on = Task.async(fn -> next.({:cont, nil}) end)
+    eventually(fn -> PoolProbe.busy(@pool) == [2] end)
     go_on(node(), "on")
+    assert {:suspended, {{:ok, [%{"n" => 1}], _}, _}, _} = Task.await(on, 20_000)
     assert [{:chunk, "n", "0"}, {:ok, %{}, _}] = Task.await(waits, 20_000)
     eventually(fn -> PoolProbe.busy(@pool) == [0] end)
   end
 
   @tag :own_node
   @tag :tmp_dir
-  test "a node that wakes does not run what was run elsewhere", %{tmp_dir: dir} = context do
+  test "a node that hangs and wakes does not run what was meanwhile run elsewhere",
+       %{tmp_dir: dir} = context do
     # There it is held for ever, here it is answered.
     play = [["first", [["reply", %{}]], [["go", "never"]]]]
     file = Path.join(dir, "starts")
     File.write!(file, "x")
     there = context.start_there.(env: %{"FAKE_FILE" => file})
     os_pid = Nodes.on(there, System, :pid, [])
+    {_, 0} = System.cmd("/bin/sh", ["-c", "kill -STOP #{os_pid}"])
 
-    while_stopped(os_pid, fn ->
+    try do
       calls = [
         Task.async(fn -> Pool.call(@pool, :execute_program, %{play: play}, 60_000) end),
         Task.async(fn -> play |> stream(timeout: 60_000) |> Enum.to_list() end)
@@ -196,7 +211,9 @@ defmodule DSPex.PythonBridge.Pool.Cluster.StreamsTest do
       # It delays no change.
       create = %{id: "qa", signature: "question -> answer"}
       assert {:ok, _} = Pool.call(@pool, :create_program, create, 5_000)
-    end)
+    after
+      {_, 0} = System.cmd("/bin/sh", ["-c", "kill -CONT #{os_pid}"])
+    end
 
     # These questions come behind what it was sent.
     for _ <- 1..3, do: ask_on(there, :heard)
