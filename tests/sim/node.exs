@@ -94,7 +94,8 @@ defmodule Sim.Node do
       programs: fn -> [] end,
       default_timeout: 30_000,
       max_retries: 2,
-      max_frame_bytes: 16_000_000
+      max_frame_bytes: 16_000_000,
+      journal_bytes: 0
     }
   end
 
