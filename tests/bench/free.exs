@@ -8,6 +8,7 @@ defmodule Bench.Free do
   def rows do
     [
       {"first-ping", &first_ping/0},
+      {"first-answer", &first_answer/0},
       {"callers", &callers/0},
       {"calls", &Bench.Calls.figures/0},
       {"large", &large/0},
@@ -32,6 +33,35 @@ defmodule Bench.Free do
 
   defp first_ping do
     rounds(9, [ratio: {:peer, :serial}], fn -> %{peer: first_ping(&peer/0), serial: first_ping(&serial/0)} end)
+  end
+
+  @plain_first """
+  import json, os, sys
+  os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"
+  import dspy
+  dspy.configure(lm=dspy.LM(sys.argv[1], **json.loads(sys.argv[2])))
+  assert dspy.Predict("question -> answer")(question="Why?").answer == "Paris"
+  os._exit(0)
+  """
+  # From the start of Python to the first answer of a program.
+  defp first_answer do
+    opts = lm_opts(lm(0))
+    args = ["-c", @plain_first, opts[:lm], JSON.encode!(opts[:lm_options])]
+
+    rounds(9, [ratio: {:bridge, :plain}], fn ->
+      {plain, {_, 0}} = ms(fn -> System.cmd(python(), args) end)
+
+      {ms, bridge} =
+        ms(fn ->
+          {:ok, bridge} = Bridge.start_link([name: nil] ++ opts)
+          create(bridge, "qa")
+          execute(bridge, "qa", 1)
+          bridge
+        end)
+
+      Bridge.stop(bridge)
+      %{plain: plain, bridge: ms}
+    end)
   end
 
   defp callers do

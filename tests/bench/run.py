@@ -111,6 +111,10 @@ ROWS = [
         *("ratio", lambda f: f"{f.ratio:.3f}x ({f.peer:.0f} ms)", "sidecar-pings.first_ms {:.0f} ms"),
     ),
     Row(
+        *("free", "first-answer", "start to the first answer", "plain DSPy, its import and a run", "≤ 0.8x"),
+        *("ratio", lambda f: f"{f.ratio:.2f}x ({f.bridge:.0f} ms)"),
+    ),
+    Row(
         *("pinned", "round-trip", "ping round trip, raw port", "bare Python echo", "≤ 1.6x"),
         *("peer_ratio", lambda f: f"{f.peer_ratio:.2f}x ({f.peer:.1f} µs)"),
     ),

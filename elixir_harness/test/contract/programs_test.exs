@@ -10,7 +10,7 @@ defmodule DSPex.Contract.ProgramsTest do
 
   import DSPex.Test.Helpers
 
-  alias DSPex.PythonBridge.Bridge
+  alias DSPex.PythonBridge.{Bridge, Error}
 
   defmodule Summary do
     use DSPex.PythonBridge.Program,
@@ -120,6 +120,16 @@ defmodule DSPex.Contract.ProgramsTest do
 
     assert execute(bridge, "own", %{question: "?"}, call) ==
              {:ok, %{"answer" => "of the call"}}
+  end
+
+  test "a budget that is spent ends the run, with what it took", %{bridge: bridge} do
+    tools = [%{name: "look", args: %{query: %{type: "str"}}}]
+    {:ok, _} = create(bridge, "spends", %{program_type: "react", tools: tools})
+    args = %{program_id: "spends", inputs: %{question: "?"}}
+    opts = [budget: [lm_calls: 1], tools: %{look: fn _ -> "x" end}]
+
+    assert {:error, %Error{type: :budget_spent, meta: %{"budget" => %{"lm_calls" => 1}}}} =
+             Bridge.request(bridge, :execute_program, args, opts)
   end
 
   test "with attempts the LM is asked again about an answer that does not fit", %{bridge: bridge} do

@@ -36,6 +36,7 @@ defmodule DSPex.PythonBridge.Bridge do
           | {:retry, boolean()}
           | {:tools, %{(atom() | String.t()) => tool() | {tool(), [repeat: boolean()]}}}
           | {:attempts, 1..10}
+          | {:budget, keyword() | map()}
           | {:max_concurrency, pos_integer()}
           | {:item_timeout_ms, pos_integer()}
           | {:history, boolean()}
@@ -220,6 +221,8 @@ defmodule DSPex.PythonBridge.Bridge do
       idempotency keys of other services.
     * `:attempts` – of `execute_program`: how often the LM is asked at most, 1 to 10, if its answer does not fit the
       signature (`:output_invalid`); by default once
+    * `:budget` – of `execute_program`: what its LM calls may take together, `[lm_calls: 20, tokens: 50_000, usd: 0.05]`, or some
+      of these. When one is spent the run ends with `:budget_spent`; `meta["budget"]` has what it took (docs/protocol.md)
     * `:max_concurrency`, `:item_timeout_ms` – of `execute_program` with a list of inputs: how many of them run at once, and
       how long each may take
     * `:history` – with true, `meta["history"]` has the LM calls of the run, prompts and answers included:

@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Client.Options do
   # for their answers. `:on_journal` is a `t:DSPex.PythonBridge.Client.StreamProxy.on_journal/0`.
   @internal [:journal, :on_journal]
   # They are arguments of execute_program on the wire.
-  @arguments [:attempts, :max_concurrency, :item_timeout_ms]
+  @arguments [:attempts, :budget, :max_concurrency, :item_timeout_ms]
   @absent [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
   @traceparent "a W3C trace context, 00-<32 hex>-<16 hex>-<2 hex> in lower case, no id of zeros alone, or nil"
 
@@ -62,6 +62,7 @@ defmodule DSPex.PythonBridge.Client.Options do
       telemetry_metadata: :map,
       journal: :any,
       on_journal: :any,
+      budget: Table.budget([:lm_calls, :tokens, :usd]),
       attempts: 1..10,
       max_concurrency: :positive,
       item_timeout_ms: :ms,

@@ -53,8 +53,9 @@ defmodule DSPex.PythonBridge.Optimize.Request do
   defp table do
     function = {:test, &is_function(&1, 1), "a function of one argument"}
     own = [timeout: {:timeout, :infinity}, on_progress: {function, fn _event -> :ok end}]
+    budget = [budget: Table.budget([:lm_calls, :tokens, :seconds])]
     others = [:lm, :trainset, :valset, :metric] ++ @of_optimizer ++ @passed
-    own ++ for(key <- others, do: {key, :any})
+    own ++ budget ++ for(key <- others -- [:budget], do: {key, :any})
   end
 
   # The keys of `execute_program`, and of `valset`.

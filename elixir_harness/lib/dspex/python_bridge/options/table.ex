@@ -113,6 +113,34 @@ defmodule DSPex.PythonBridge.Options.Table do
   defp test(%Range{} = range),
     do: {:test, &(is_integer(&1) and &1 in range), "#{range.first} to #{range.last}"}
 
+  @doc """
+  The type of a budget with these limits, a map or a keyword list, which becomes a map.
+
+      iex> alias DSPex.PythonBridge.Options.Table
+      iex> Table.check([budget: [usd: 0.5]], budget: Table.budget([:lm_calls, :usd]))
+      {:ok, [budget: %{usd: 0.5}]}
+      iex> Table.check([budget: %{tokens: 5}], budget: Table.budget([:lm_calls, :usd]))
+      {:error, ":budget: unknown option :tokens"}
+  """
+  @spec budget([atom()]) :: (term() -> {:ok, map()} | {:error, String.t()})
+  def budget(limits) do
+    amount = {:test, &(is_number(&1) and &1 > 0), "a number above 0"}
+
+    types =
+      Keyword.take([lm_calls: :positive, tokens: :positive, seconds: amount, usd: amount], limits)
+
+    fn budget ->
+      budget = if is_map(budget) and not is_struct(budget), do: Map.to_list(budget), else: budget
+
+      with {:ok, [_ | _] = checked} <- check(budget, types),
+           do: {:ok, Map.new(checked)},
+           else: (
+             {:ok, []} -> {:error, "expected one of #{Enum.map_join(limits, ", ", &inspect/1)}"}
+             error -> error
+           )
+    end
+  end
+
   @doc "A value for a text, cut short."
   @spec shown(term()) :: String.t()
   def shown(value), do: inspect(value, limit: 5, printable_limit: 80)

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
   alias DSPex.PythonBridge.{Error, Pool, Protocol}
   alias DSPex.Test.FakePeer
 
-  @arguments [attempts: 10, max_concurrency: 1, item_timeout_ms: 250]
+  @arguments [attempts: 10, budget: [lm_calls: 3], max_concurrency: 1, item_timeout_ms: 250]
 
   setup_all %{api: api} do
     %{echo: start(api, FakePeer.opts(:echo)), plays: start(api, FakePeer.opts(:plays))}
@@ -27,10 +27,11 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
     start_supervised!({api, Keyword.merge(opts, [name: name] ++ size)}, id: name)
   end
 
-  test "three of them are arguments of execute_program", %{echo: bridge} do
+  test "four of them are arguments of execute_program", %{echo: bridge} do
     args = %{program_id: "qa", inputs: []}
     wanted = %{"attempts" => 10, "max_concurrency" => 1, "item_timeout_ms" => 250}
     wanted = Map.merge(wanted, %{"program_id" => "qa", "inputs" => []})
+    wanted = Map.put(wanted, "budget", %{"lm_calls" => 3})
 
     for command <- [:execute_program, "execute_program"] do
       assert {:ok, %{"args" => ^wanted}, _meta} =
@@ -87,6 +88,15 @@ defmodule DSPex.PythonBridge.Client.OptionsTest do
 
       assert [error: %Error{type: :invalid_request, message: ^text}] =
                Enum.to_list(api().stream(bridge, %{}, [{option, value}]))
+    end
+
+    for {budget, text} <- [
+          {[], "expected one of :lm_calls, :tokens, :usd"},
+          {[eur: 1], "unknown option :eur"},
+          {[usd: 0], ":usd: expected a number above 0, got 0"}
+        ] do
+      assert {:error, %Error{message: ":budget: " <> ^text}} =
+               api().request(bridge, :execute_program, %{}, budget: budget)
     end
 
     assert {:error, %Error{message: "unknown option :attempt, did you mean :attempts?"}} =
