@@ -91,7 +91,7 @@ defmodule DSPex.DocsTest do
     all =
       [timeout: 1_000, retry: true, tools: %{}, traceparent: nil, on_chunk: &is_map/1] ++
         [attempts: 3, max_concurrency: 8, item_timeout_ms: 1_000, history: true] ++
-        [telemetry_metadata: %{tenant: "acme"}]
+        [budget: [usd: 0.05], telemetry_metadata: %{tenant: "acme"}]
 
     assert Enum.sort(typed) == Enum.sort(Keyword.keys(all))
     assert Enum.sort(Keyword.keys(listed("One call"))) == Enum.sort(typed)
