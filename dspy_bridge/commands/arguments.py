@@ -35,15 +35,13 @@ _IDS = (
     "expected a list of strings",
 )
 _FLAG = (lambda value: type(value) is bool, "expected true or false")
+_LIMITS = {"lm_calls": (int,), "tokens": (int,), "usd": (int, float)}
 _BUDGET = (
     lambda value: (
         value is None
         or (
             type(value) is dict
-            and value.keys() <= {"lm_calls", "tokens", "usd"}
-            and all(type(value.get(name, 1)) is int and value.get(name, 1) >= 1 for name in ("lm_calls", "tokens"))
-            and type(value.get("usd", 1)) in (int, float)
-            and value.get("usd", 1) > 0
+            and all(type(limit) in _LIMITS.get(name, ()) and limit > 0 for name, limit in value.items())
         )
     ),
     "expected an object of lm_calls and tokens, whole numbers of at least 1, and usd, a number greater than 0",

@@ -132,6 +132,7 @@ class Commands:
 
     async def _execute(self, entry: Entry, args: dict[str, Any], call: Call) -> dict[str, Any]:
         entry, program = await self._working(entry, call)
+        from dspy_bridge.lm import budgets, journal
         from dspy_bridge.runtime import large_inputs
 
         inputs = args["inputs"]
@@ -139,17 +140,12 @@ class Commands:
         options.update(call=call, attempts=args.get("attempts") or 1, large=large_inputs.are_large(call.size, inputs))
 
         if args.get("budget") is not None:
-            from dspy_bridge.lm import journal as journals
-            from dspy_bridge.lm.budgets import Budget
-
-            journals.check_hooks("budget")
-            options["budget"] = budget = Budget(**args["budget"])
-            call.accounts["budget"] = budget.shown
+            journal.check_hooks("budget")
+            options["budget"] = budgets.Budget(**args["budget"])
+            call.accounts["budget"] = options["budget"].shown
         if call.request.journal is not None:
-            from dspy_bridge.lm.journal import Journal
-
-            options["journal"] = journal = await Journal.read(call)
-            call.accounts["journal"] = journal.counts
+            options["journal"] = await journal.Journal.read(call)
+            call.accounts["journal"] = options["journal"].counts
 
         async def one(
             item: Any, ends: float | None = None, index: int | None = None, stream: bool = False

@@ -89,11 +89,11 @@ async def _aexecute(lm: Any, call: Any) -> Any:
     if (entry := await recording.begin()) is not None:
         return await recording.replay(entry)
     try:
-        try:
-            result = await _asked(lm, call, run)
-        except Exception as error:
-            await recording.failed(error)
-            raise
+        result = await _asked(lm, call, run)
+    except Exception as error:
+        await recording.failed(error)
+        raise
+    else:
         await recording.answered(result)
         return result
     finally:
@@ -128,11 +128,11 @@ def _execute(lm: Any, call: Any) -> Any:
     if (entry := _on_loop(recording.begin)) is not None:
         return _on_loop(recording.replay, entry)
     try:
-        try:
-            result = _asked_here(lm, call, run)
-        except Exception as error:
-            _on_loop(recording.failed, error)
-            raise
+        result = _asked_here(lm, call, run)
+    except Exception as error:
+        _on_loop(recording.failed, error)
+        raise
+    else:
         _on_loop(recording.answered, result)
         return result
     finally:

@@ -61,7 +61,7 @@ class Journal:
 
     @classmethod
     async def read(cls, call: Call) -> Journal:
-        """That of a request. Raises `InvalidArgs`, naming the entry that is wrong, and `NotAllowed`."""
+        """The journal of a request. Raises `InvalidArgs`, naming the entry that is wrong, and `NotAllowed`."""
         check_hooks("journal")
         given = call.request.journal or []
         return cls(call, await large_inputs.in_thread(lambda: _read(given)) if given else {})
@@ -82,7 +82,7 @@ class Journal:
         return {"replayed": self._replayed, "live": self._live, "unused": len(self._recorded)}
 
     def ticket(self, item: int | None, lm: Any, prompt: Any, messages: Any, options: dict[str, Any]) -> Ticket:
-        """Of a call that starts now. Equal calls are told apart by their order, so nothing may be awaited before."""
+        """The ticket of a call that starts now. Nothing may be awaited before: equal calls differ by their order."""
         key = _key(lm, prompt, messages, options)
         with self._lock:
             nth = self._seen[item, key]
@@ -115,7 +115,7 @@ class Journal:
         return None
 
     async def add(self, ticket: Ticket, run: RunContext, what: dict[str, Any]) -> None:
-        """Send an entry. Returns once it is in the pipe: what is done next cannot be lost without it."""
+        """Send an entry, before what follows from the answer. If the pipe is full, returns once the entry is in it."""
         with self._lock:
             self._last += 1
             self._live += 1

@@ -17,10 +17,9 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.lm import lm_call
-from dspy_bridge.lm.adapters import corrections
 from dspy_bridge.programs import conversations
 from dspy_bridge.programs.conversations import SUBMIT
-from dspy_bridge.programs.remote_tools import AgentTool, RemoteTool, failure
+from dspy_bridge.programs.remote_tools import AgentTool, RemoteTool, failure, read_argument
 from dspy_bridge.signatures.validation import Contract
 
 _HISTORY = "history"
@@ -88,13 +87,7 @@ class _Ending(dspy.Tool):  # type: ignore[misc]
         declared = self.func.declared
         if missing := [name for name in declared if name not in arguments]:
             raise ValueError(f"missing {', '.join(missing)}; expected {', '.join(declared)}")
-        values = {}
-        for name, validator in declared.items():
-            try:
-                values[name] = validator.validate_python(arguments[name])
-            except pydantic.ValidationError as error:
-                raise ValueError(f"Arg {name} is invalid: {corrections.first_of(error)}") from None
-        return values
+        return {name: read_argument(name, validator, arguments[name]) for name, validator in declared.items()}
 
     def __call__(self, /, **arguments: Any) -> Any:
         try:

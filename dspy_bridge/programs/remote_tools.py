@@ -63,11 +63,16 @@ def _read_arguments(tool: RemoteTool, **given: Any) -> dict[str, Any]:
     for arg, value in given.items():
         if arg not in tool.func.declared:
             raise ValueError(f"Arg {arg} is not in the tool's args.")
-        try:
-            read[arg] = tool.func.declared[arg].validator.validate_python(value)
-        except pydantic.ValidationError as error:
-            raise ValueError(f"Arg {arg} is invalid: {corrections.first_of(error)}") from None
+        read[arg] = read_argument(arg, tool.func.declared[arg].validator, value)
     return read
+
+
+def read_argument(arg: str, validator: pydantic.TypeAdapter[Any], value: Any) -> Any:
+    """An LM's value for an argument as one of its type. Raises `ValueError` with a text for the LM."""
+    try:
+        return validator.validate_python(value)
+    except pydantic.ValidationError as error:
+        raise ValueError(f"Arg {arg} is invalid: {corrections.first_of(error)}") from None
 
 
 if dspy_internals.TOOL_ARGUMENTS.there:

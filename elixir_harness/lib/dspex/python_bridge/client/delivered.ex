@@ -4,8 +4,8 @@ defmodule DSPex.PythonBridge.Client.Delivered do
   # begins anew: what the caller has already is left out. Where the text of a field differs, the field is reset, and comes
   # from its beginning.
   #
-  # The texts of a field are told apart by its mark: how many of the `attempts` came before, and how many resets. Each of
-  # these makes all chunks up to then void.
+  # A mark identifies each text of a field: how many of the `attempts` came before it, and how many resets. Each of these
+  # makes all chunks up to then void.
 
   @asking_again "asking again"
 
