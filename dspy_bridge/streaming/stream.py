@@ -82,12 +82,17 @@ class Stream:
 
     async def replay(self, result: Any) -> None:
         """The answer that a journal has, in one piece."""
-        callers = (
-            dspy.settings[dspy_internals.CALLER_MODULES.attribute] if dspy_internals.CALLER_MODULES.there else None
-        )
+        names = dspy_internals.CALLER_MODULES
+        callers = dspy.settings[names.attribute] if names.there else None
         output = result.outputs[0] if result.outputs else None
-        text = output.get("text") if isinstance(output, dict) else output
-        choice = SimpleNamespace(delta=SimpleNamespace(content=text), finish_reason="stop")
+        output = output if isinstance(output, dict) else {"text": output}
+        # As DSPy has them in a stream.
+        calls = [
+            SimpleNamespace(index=index, function=SimpleNamespace(**call["function"]))
+            for index, call in enumerate(output.get("tool_calls") or ())
+        ]
+        delta = SimpleNamespace(content=output.get("text"), tool_calls=calls)
+        choice = SimpleNamespace(delta=delta, finish_reason="stop")
         piece = SimpleNamespace(predict_id=id(callers[-1]) if callers else 0, choices=[choice])
         await self.send(piece, replayed=True)
 

@@ -224,21 +224,42 @@ def test_the_config_of_a_call_holds(agent: Any) -> None:
     assert {(request["temperature"], request["top_p"]) for request in requests} == {(0.3, 0.5)}
 
 
+def streamed(how: str, *named: tuple[str, Any]) -> Any:
+    """An answer to a request with `stream`; a native one is a single call, in pieces."""
+    if how != "native":
+        return written(how, *named)
+    (name, args) = named[0]
+    head = {"index": 0, "id": "c", "type": "function", "function": {"name": name, "arguments": ""}}
+    tail = [{"index": 0, "function": {"arguments": piece}} for piece in pieces(json.dumps(args))]
+    return iter([event("stub", {"role": "assistant", "tool_calls": [call]}, None) for call in (head, *tail)])
+
+
+@by_history
+@pytest.mark.parametrize("how", ["chat", "native"])
+def test_a_replayed_answer_is_streamed(agent: Any, start_lm: Any, how: str) -> None:
+    server = start_lm(lambda _request: streamed(how, END))
+    lm = {"model": "openai/stub", "supports": ["function_calling"] if how == "native" else ["none"], **server.options()}
+    peer, ask = agent.peer, {"program_id": "x", "inputs": {"question": "Why?"}}
+    assert peer.call("create_program", {**AGENT, "lm": lm})["success"]
+    journal: list[Any] = []
+    for replayed in (False, True):
+        peer.request("execute_program", ask, stream=True, journal=list(journal))
+        chunks = []
+        while "success" not in (frame := peer.receive()):
+            journal += [frame["journal"]] if "journal" in frame else []
+            chunks += [frame["stream"]] if frame.get("stream", {}).get("field") == "answer" else []
+        assert "".join(chunk["chunk"] for chunk in chunks) == "yes, it is"
+        assert {chunk.get("replayed", False) for chunk in chunks} == {replayed}
+    assert len(server.requests) == 1
+
+
 @by_history
 @pytest.mark.parametrize("how", ["chat", "json", "xml", "native"])
 def test_the_answer_is_streamed(agent: Any, how: str) -> None:
     """After one that did not fit, whose chunks are void."""
-
-    def answer(*named: tuple[str, Any]) -> Any:
-        if how != "native":
-            return written(how, *named)
-        (name, args) = named[0]
-        head = {"index": 0, "id": "c", "type": "function", "function": {"name": name, "arguments": ""}}
-        tail = [{"index": 0, "function": {"arguments": piece}} for piece in pieces(json.dumps(args))]
-        return iter([event("stub", {"role": "assistant", "tool_calls": [call]}, None) for call in (head, *tail)])
-
     options = {"adapter": "json", "supports": ["function_calling"]} if how == "native" else {"adapter": how}
-    frames, reply = agent([answer(("submit", {"answer": "no", "n": "x"})), answer(END)], stream=True, **options)
+    answers = [streamed(how, ("submit", {"answer": "no", "n": "x"})), streamed(how, END)]
+    frames, reply = agent(answers, stream=True, **options)
     statuses = [number for number, frame in enumerate(frames) if "status" in frame]
     again = frames[statuses[0]]["status"]
     assert len(statuses) == 1 and again.startswith(
