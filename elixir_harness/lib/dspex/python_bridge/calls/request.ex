@@ -45,7 +45,7 @@ defmodule DSPex.PythonBridge.Calls.Request do
   @typedoc "What the caller gets: `{ref, reply}`."
   @type reply ::
           {:frame, binary()}
-          | {:error, :timeout | :proxy_died | {:not_kept, String.t()} | failure()}
+          | {:error, :timeout | :proxy_died | {:ended, why :: String.t()} | failure()}
   @type failure ::
           :python_process_died
           | :replaced

@@ -174,8 +174,8 @@ defmodule DSPex.PythonBridge.Client.Caller do
   def read({:error, :proxy_died}),
     do: {:error, Error.new(:cancelled, "the process that made the call was killed")}
 
-  def read({:error, {:not_kept, text}}),
-    do: {:error, Error.new(:cancelled, "an answer of the LM could not be kept: #{text}")}
+  def read({:error, {:ended, why}}),
+    do: {:error, Error.new(:cancelled, "the run was ended: #{why}")}
 
   def read({:error, type}), do: {:error, Error.new(type)}
 

@@ -16,9 +16,11 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   # A queue as a default would be a literal, which Dialyzer does not take for a queue.
   @enforce_keys [:watch, :tools, :chunks]
-  defstruct [:watch, :tools, :chunks, :on_journal, :journal, :dest, :ref, :timer, :asked, :reply]
+  defstruct [:watch, :tools, :chunks, :on_journal, :journal, :dest, :ref, :timer, :asked, :reply] ++
+              [:ended]
 
-  # watch: the monitor of the caller. journal: nil before the first peer, and without one. asked: the caller's alias, while it waits. reply: for the caller, after the chunks.
+  # watch: the monitor of the caller. journal: nil before the first peer, and without one. asked: the caller's alias, while it
+  # waits. reply: for the caller, after the chunks. ended: why the run has ended without its peer, nil until then.
   @typep t :: %__MODULE__{
            watch: reference(),
            tools: Runner.t(),
@@ -29,7 +31,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
            ref: reference() | nil,
            timer: reference() | nil,
            asked: reference() | nil,
-           reply: Request.reply() | nil
+           reply: Request.reply() | nil,
+           ended: String.t() | nil
          }
 
   @typedoc """
@@ -40,9 +43,12 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
 
   ## In the caller's process
 
-  @doc "Starts it for the calling process, with the functions of its call and what the events of these have."
-  @spec start(Runner.tools(), Runner.about(), on_journal()) :: pid()
-  def start(tools, about, on_journal \\ nil) do
+  @doc """
+  Starts it for the calling process, with the functions of its call and what the events of these have. `run_id`: of the
+  call keys; nil for a new one.
+  """
+  @spec start(Runner.tools(), Runner.about(), on_journal(), run_id :: binary() | nil) :: pid()
+  def start(tools, about, on_journal \\ nil, run_id \\ nil) do
     caller = self()
     # `$callers`, so that Mox and the Ecto sandbox find the test process.
     callers = [caller | Process.get(:"$callers", [])]
@@ -52,7 +58,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         # Else a node that hangs would suspend this process.
         :erlang.process_flag(:async_dist, true)
         watch = Process.monitor(caller)
-        tools = Runner.new(tools, about, callers)
+        tools = Runner.new(tools, about, callers, run_id || :crypto.strong_rand_bytes(16))
         state = %__MODULE__{watch: watch, tools: tools, chunks: :queue.new()}
         loop(%{state | on_journal: on_journal})
       end)
@@ -116,6 +122,9 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
       {:fetch, pid, asked, name, digest} ->
         loop(%{state | tools: Runner.fetch(tools, pid, asked, name, digest)})
 
+      {:answered, _pid, _call, {:end_run, text}} ->
+        end_run(state, text)
+
       {:answered, pid, call, answer} ->
         loop(%{state | tools: Runner.answered(tools, pid, call, answer)})
 
@@ -129,7 +138,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         loop(%{state | tools: Runner.ended(tools, pid, reason)})
 
       {:make, dest, deadline, request} ->
-        loop(made(state, dest, deadline, request))
+        made(state, dest, deadline, request)
 
       {:stop, asked} ->
         Runner.stop(tools)
@@ -140,6 +149,10 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         loop(state)
     end
   end
+
+  # A tool has ended the run between two peers.
+  defp made(%__MODULE__{ended: why} = state, _dest, _deadline, _request) when why != nil,
+    do: hand_out(%{state | reply: {:error, {:ended, why}}})
 
   defp made(%__MODULE__{tools: tools} = state, dest, deadline, request) do
     if state.timer, do: :erlang.cancel_timer(state.timer)
@@ -153,18 +166,28 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     send(dest, {:request, %{request | tools?: tools.tools != %{}}})
     state = %{state | dest: dest, ref: ref, timer: timer, reply: nil, journal: journal}
     # Also at the same peer the run begins anew.
-    %{state | tools: %{tools | dest: dest, port: nil}}
+    loop(%{state | tools: %{tools | dest: dest, port: nil}})
   end
 
   defp journaled(%__MODULE__{on_journal: on_journal, journal: journal} = state, entry) do
     case on_journal && Answer.of(fn -> on_journal.(entry) end) do
       {{:error, text}, _how} ->
-        Runner.stop(state.tools)
-        send(state.dest, {:abandon, state.ref})
-        over(state, {:error, {:not_kept, text}})
+        end_run(state, "an answer of the LM could not be kept: #{text}")
 
       _kept ->
         loop(%{state | journal: journal && Journal.add(journal, entry)})
+    end
+  end
+
+  defp end_run(state, why) do
+    Runner.stop(state.tools)
+    state = %{state | ended: why}
+
+    if state.ref do
+      send(state.dest, {:abandon, state.ref})
+      over(state, {:error, {:ended, why}})
+    else
+      loop(state)
     end
   end
 

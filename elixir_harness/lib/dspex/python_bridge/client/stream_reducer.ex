@@ -34,8 +34,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   # proxy: nil before the first attempt. attempt: the present one. left: what comes next, before `again` makes the next attempt,
   # or `result`. journal?: whether the peers may get the run's journal.
-  @enforce_keys [:span, :tools, :about, :on_journal]
-  defstruct [:span, :tools, :about, :on_journal, :proxy, :attempt, :again, :result] ++
+  @enforce_keys [:span, :tools, :about, :on_journal, :run_id]
+  defstruct [:span, :tools, :about, :on_journal, :run_id, :proxy, :attempt, :again, :result] ++
               [delivered: %Delivered{}, left: [], journal?: true]
 
   @doc "A call to a bridge. The arguments are those of `DSPex.PythonBridge.Client.Caller.exchange/5`, with `:tools` in `opts`."
@@ -115,13 +115,23 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
     }
 
     tools = Keyword.get(opts, :tools, %{})
-    state = %__MODULE__{span: span, tools: tools, about: about, on_journal: opts[:on_journal]}
+
+    state = %__MODULE__{
+      span: span,
+      tools: tools,
+      about: about,
+      on_journal: opts[:on_journal],
+      run_id: opts[:run_id]
+    }
+
     opened(state, open.([stream: stream?] ++ opts), {:cont, acc}, fun)
   end
 
   # Its chunks, which the proxy keeps, come when the caller asks for them.
   defp opened(state, {:send, dest, deadline, request, conclude}, step, fun) do
-    proxy = state.proxy || StreamProxy.start(state.tools, state.about, state.on_journal)
+    proxy =
+      state.proxy || StreamProxy.start(state.tools, state.about, state.on_journal, state.run_id)
+
     request = if state.journal?, do: request, else: %{request | journal: nil}
     StreamProxy.make(proxy, dest, deadline, request)
     attempt = {:send, dest, deadline, request, conclude}

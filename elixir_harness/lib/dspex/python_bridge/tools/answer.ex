@@ -18,6 +18,8 @@ defmodule DSPex.PythonBridge.Tools.Answer do
   @type t :: %__MODULE__{frame: binary(), call_id: Protocol.id(), result: :ok | :error}
   @typedoc "What a function has made: a term, or the message of an error."
   @type result :: {:ok, term()} | {:error, String.t()}
+  @typedoc "The function has ended the whole run: the peer gets no answer, and the caller this text."
+  @type end_of_run :: {:end_run, String.t()}
   @type kind :: :error | :exit | :throw
 
   @doc "The answer with a function's result, of at most `max` bytes: with an error message if it is larger."
@@ -71,7 +73,8 @@ defmodule DSPex.PythonBridge.Tools.Answer do
   Calls a function: its result, and whether it returned, or else what it raised. That must not end this process: it would be
   logged, with the arguments.
   """
-  @spec of((-> term())) :: {result(), :returned | {kind(), term(), Exception.stacktrace()}}
+  @spec of((-> term())) ::
+          {result() | end_of_run(), :returned | {kind(), term(), Exception.stacktrace()}}
   def of(function) do
     case function.() do
       {:ok, term} -> {{:ok, term}, :returned}
@@ -79,9 +82,16 @@ defmodule DSPex.PythonBridge.Tools.Answer do
       term -> {{:ok, term}, :returned}
     end
   catch
+    :throw, {__MODULE__, :end_run, text} ->
+      {{:end_run, text}, :returned}
+
     kind, reason ->
       {{:error, message(kind, reason, __STACKTRACE__)}, {kind, reason, __STACKTRACE__}}
   end
+
+  @doc "Ends the run whose tool's function calls this, for `DSPex.PythonBridge.Durable`."
+  @spec end_run(String.t()) :: no_return()
+  def end_run(text), do: throw({__MODULE__, :end_run, text})
 
   # A string is meant for the LM as it is.
   defp text(reason) when is_binary(reason), do: reason

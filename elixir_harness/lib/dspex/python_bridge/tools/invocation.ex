@@ -97,7 +97,7 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
       {:ok, {:run, function, call, {id, about}}} ->
         span = span(about, bridge, name, false)
         {result, how} = Answer.of(fn -> apply_to(function, args, call, id) end)
-        answer = Answer.new(call_id, name, result, invocation.max_frame_bytes)
+        answer = answer(result, call_id, name, invocation.max_frame_bytes)
         ended(span, answer, how)
         {call, answer}
 
@@ -118,11 +118,17 @@ defmodule DSPex.PythonBridge.Tools.Invocation do
     end
   end
 
+  defp answer({:end_run, _text} = over, _call_id, _name, _max), do: over
+  defp answer(result, call_id, name, max), do: Answer.new(call_id, name, result, max)
+
   # The events of a tool call, in the process of the tool, have no arguments and no results.
   defp span(about, bridge, tool, remembered?) do
     more = %{bridge: Metadata.name(bridge), tool: tool, remembered?: remembered?}
     Span.start([:tool], Map.merge(about, more))
   end
+
+  defp ended(span, {:end_run, _text}, :returned),
+    do: Span.emit(span, :stop, %{}, %{result: :run_ended})
 
   defp ended(span, answer, :returned), do: Span.emit(span, :stop, %{}, %{result: answer.result})
 

@@ -84,7 +84,7 @@ defmodule DSPex.PythonBridge.Tools.Runner do
   end
 
   defp tool(name, {function, opts}) when is_function(function, 1) or is_function(function, 2) do
-    case Table.check(opts, repeat: {:boolean, true}) do
+    case Table.check(opts, repeat: {:boolean, true}, approve: &unapproved/1) do
       {:ok, opts} -> {:ok, {function, opts[:repeat]}}
       {:error, text} -> {:error, "#{name}: #{text}"}
     end
@@ -98,11 +98,16 @@ defmodule DSPex.PythonBridge.Tools.Runner do
     {:error, "#{name}: expected #{expected}"}
   end
 
+  defp unapproved(false), do: :ok
+
+  defp unapproved(_true),
+    do: {:error, "only a run of DSPex.PythonBridge.Durable can wait for an approval"}
+
   @doc "The functions of a call, whose process calls this. `callers`: as for `Task`, the caller first."
-  @spec new(tools(), about(), [pid()]) :: t()
-  def new(tools, about, callers) do
+  @spec new(tools(), about(), [pid()], id :: binary()) :: t()
+  def new(tools, about, callers, id) do
     {tools, _erases_when_this_ends} = LargeFunction.hold(tools, self())
-    %__MODULE__{tools: tools, run: {:crypto.strong_rand_bytes(16), about}, callers: callers}
+    %__MODULE__{tools: tools, run: {id, about}, callers: callers}
   end
 
   @doc "Runs a tool call. The process of the call gets `{:answered, pid, call, answer}`, and `:DOWN` when it has ended."
