@@ -13,6 +13,7 @@ LAYERS = [
     ("calls and streams", "client bridge.ex"),
     ("core", "monitor supervisor environment_check"),
     ("pool", "pool"),
+    ("durable runs", "durable"),
     ("programs as modules", "program"),
     ("measuring and optimizing", "evaluate optimize"),
     ("stub", "stub"),

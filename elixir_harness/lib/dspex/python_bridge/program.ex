@@ -50,6 +50,8 @@ defmodule DSPex.PythonBridge.Program do
     * `stream(inputs, opts \\\\ [])` – the elements of `DSPex.PythonBridge.Bridge.stream/3`, with the names of the
       module's fields as atoms: `{:chunk, :reasoning, text}`, `{:reset, :reasoning}`, `{:status, text}` and,
       always last, `{:ok, struct, meta}` or `{:error, error}`
+    * `durable(inputs, opts \\\\ [])` – `run` that outlives its process, its node and a deploy, or `{:suspended, run}`: see
+      `DSPex.PythonBridge.Durable`, whose options it has. `:resume` in place of the inputs goes on with a run that is there
     * `definition()` – the arguments of `create_program`, for `programs:` in the options of a Bridge, Pool or Supervisor,
       or for `Bridge.call(:create_program, MyApp.Triage.definition())`
 
@@ -57,7 +59,7 @@ defmodule DSPex.PythonBridge.Program do
   anything is sent. Structs in it become maps, if they declare their fields (see below) or are types of the signature. A list
   of inputs that is not empty is a batch: `{:ok, [{:ok, struct} | {:error, error}]}`, and in a stream `{:item, index, {:ok, struct}}`.
 
-  Options of both are those of `DSPex.PythonBridge.Bridge.request/4`, of which a stream has no `:on_chunk`, and:
+  Options of `run` and `stream` are those of `DSPex.PythonBridge.Bridge.request/4`, of which a stream has no `:on_chunk`, and:
 
     * `:server` – by default that of `use`; else the Pool with its default name, if that is running, else the Bridge
     * `:meta` – of `run`: with true it returns `{:ok, struct, meta}`
@@ -109,7 +111,7 @@ defmodule DSPex.PythonBridge.Program do
   other struct.
   """
 
-  alias DSPex.PythonBridge.{Bridge, Error}
+  alias DSPex.PythonBridge.{Bridge, Durable, Error}
 
   @type inputs :: map() | keyword()
   @typedoc "One run's inputs, or a batch."
@@ -132,12 +134,17 @@ defmodule DSPex.PythonBridge.Program do
           | {:ok, results(struct), meta :: map()}
           | {:error, Error.t()}
 
+  @type durable_result(struct) ::
+          result(struct) | {:suspended, Durable.Run.t()} | {:error, :claimed | :not_found}
+
   @doc "The arguments of `create_program`: a map with a JSON form."
   @callback definition() :: map()
   @doc "Runs the program."
   @callback run(given(), [option()]) :: result(struct())
   @doc "Runs the program as a lazy stream."
   @callback stream(given(), [option()]) :: Enumerable.t(stream_element(struct()))
+  @doc "Makes a durable run of the program, or goes on with one."
+  @callback durable(given() | :resume, keyword()) :: durable_result(struct())
 
   @doc false
   defmacro __using__(opts) do
@@ -169,6 +176,11 @@ defmodule DSPex.PythonBridge.Program do
       @spec stream(Program.given(), [Program.option()]) ::
               Enumerable.t(Program.stream_element(t()))
       def stream(inputs, opts \\ []), do: Runner.stream(@dspex_program, inputs, opts)
+
+      @doc "Makes a durable run of the program: see `DSPex.PythonBridge.Durable`."
+      @impl Program
+      @spec durable(Program.given() | :resume, keyword()) :: Program.durable_result(t())
+      def durable(inputs, opts \\ []), do: Runner.durable(@dspex_program, inputs, opts)
 
       @doc false
       @spec __dspex__(:fields | :spec) :: keyword() | Spec.t()

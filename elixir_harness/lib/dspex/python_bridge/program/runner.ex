@@ -2,7 +2,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
   @moduledoc false
   # The runs of a module's program: inputs to `execute_program`, and its results to structs.
 
-  alias DSPex.PythonBridge.{Bridge, Client, Error, Pool}
+  alias DSPex.PythonBridge.{Bridge, Client, Durable, Error, Pool}
   alias DSPex.PythonBridge.Options.Table
   alias DSPex.PythonBridge.Program.{Cast, Field, Inputs, Spec, Tools}
   alias DSPex.PythonBridge.Programs.Declared
@@ -15,13 +15,35 @@ defmodule DSPex.PythonBridge.Program.Runner do
           {:ok, term()} | {:ok, term(), map()} | {:error, Error.t()}
   def run(spec, inputs, opts) do
     with {:ok, spec} <- identified(spec),
-         {:ok, call, opts} <- prepare(spec, inputs, opts, meta: :boolean, on_chunk: :any),
+         {:ok, call, opts} <- prepare(spec, inputs, opts, [:meta, :on_chunk | of_stream()]),
          {meta?, opts} = Keyword.pop(opts, :meta),
          reply = call.client.request(call.server, :execute_program, call.args, opts),
          {:ok, result, meta} <- result(spec, call, reply) do
       if meta?, do: {:ok, result, meta}, else: {:ok, result}
     end
   end
+
+  @doc "A durable run, or with `:resume` in place of the inputs one that is there."
+  @spec durable(Spec.t(), term(), term()) ::
+          {:ok, term()}
+          | {:ok, term(), map()}
+          | {:suspended, Durable.Run.t()}
+          | {:error, Error.t() | atom()}
+  def durable(spec, inputs, opts) do
+    with {:ok, spec} <- identified(spec),
+         {:ok, call, opts} <- prepare(spec, inputs, opts, [:meta | Durable.Options.names()]),
+         {meta?, opts} = Keyword.pop(opts, :meta),
+         {:ok, result, meta} <- result(spec, call, durably(call, inputs, opts)) do
+      if meta?, do: {:ok, result, meta}, else: {:ok, result}
+    end
+  end
+
+  defp durably(call, :resume, opts) do
+    {id, opts} = Keyword.pop(opts, :id)
+    Durable.resume(call.server, id, opts)
+  end
+
+  defp durably(call, _inputs, opts), do: Durable.run(call.server, call.args, opts)
 
   # Its own definition/0 may have another id than `use`.
   defp identified(spec) do
@@ -35,7 +57,7 @@ defmodule DSPex.PythonBridge.Program.Runner do
   @spec stream(Spec.t(), term(), term()) :: Enumerable.t()
   def stream(spec, inputs, opts) do
     with {:ok, spec} <- identified(spec),
-         {:ok, call, opts} <- prepare(spec, inputs, opts, []) do
+         {:ok, call, opts} <- prepare(spec, inputs, opts, of_stream()) do
       keys = Map.new(spec.fields, &{&1.name, &1.key})
 
       call.server
@@ -54,12 +76,14 @@ defmodule DSPex.PythonBridge.Program.Runner do
   defp element(_spec, _call, _keys, {:status, text}), do: {:status, text}
   defp element(spec, call, _keys, last), do: result(spec, call, last)
 
-  defp prepare(spec, inputs, opts, more) do
-    known = more ++ for(key <- @own ++ Client.Options.of_stream(), do: {key, :any})
+  defp of_stream, do: Client.Options.of_stream()
+
+  defp prepare(spec, inputs, opts, names) do
+    known = for key <- @own ++ names, do: {key, if(key == :meta, do: :boolean, else: :any)}
 
     with {:ok, opts} <- Table.check(opts, known),
          {own, opts} = Keyword.split(opts, @own),
-         {:ok, inputs} <- Inputs.read(spec, inputs) do
+         {:ok, inputs} <- inputs(spec, inputs) do
       server = own[:server] || spec.server || client(Pool)
 
       args =
@@ -74,6 +98,12 @@ defmodule DSPex.PythonBridge.Program.Runner do
       {:error, error} -> {:error, error}
     end
   end
+
+  # The batch has to be told from its results.
+  defp inputs(spec, :resume),
+    do: {:ok, if(Enum.any?(spec.fields, &(&1.name == "results")), do: %{}, else: [])}
+
+  defp inputs(spec, inputs), do: Inputs.read(spec, inputs)
 
   defp refused(text), do: {:error, Error.new(:invalid_request, text)}
 
@@ -94,7 +124,8 @@ defmodule DSPex.PythonBridge.Program.Runner do
     end
   end
 
-  defp result(_spec, _call, {:error, error}), do: {:error, error}
+  # An error, or a suspended run.
+  defp result(_spec, _call, other), do: other
 
   defp batched(%{"success" => true, "result" => result}), do: {:ok, result}
 

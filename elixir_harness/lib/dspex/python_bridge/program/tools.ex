@@ -4,6 +4,7 @@ defmodule DSPex.PythonBridge.Program.Tools do
 
   import DSPex.PythonBridge.Program.Refusal
 
+  alias DSPex.PythonBridge.Durable.Options
   alias DSPex.PythonBridge.Program.{Dump, Spec, Types, Wire}
   alias DSPex.PythonBridge.Programs.Declared
   alias DSPex.PythonBridge.Protocol.Payload
@@ -25,7 +26,11 @@ defmodule DSPex.PythonBridge.Program.Tools do
           into: %{},
           do: {Atom.to_string(name), function}
 
-    with {:error, text} <- Runner.functions(functions), do: refuse("tools", text)
+    with {:ok, _approve, plain} <- Options.approvals(functions),
+         {:ok, _functions} <- Runner.functions(plain),
+         do: :ok,
+         else: ({:error, text} -> refuse("tools", text))
+
     {definitions, functions}
   end
 
