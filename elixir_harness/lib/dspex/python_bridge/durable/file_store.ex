@@ -197,7 +197,7 @@ defmodule DSPex.PythonBridge.Durable.FileStore do
 
   defp owned(folder, owner) do
     case last(folder) do
-      {:ok, {_number, ^owner, _until}} -> :ok
+      {:ok, {_number, ^owner, until}} -> if over?(until), do: {:error, :claimed}, else: :ok
       {:ok, _another} -> {:error, :claimed}
       error -> error
     end
