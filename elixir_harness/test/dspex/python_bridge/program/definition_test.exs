@@ -233,6 +233,22 @@ defmodule DSPex.ProgramDefinitionTest do
     assert keys.("program_type: :react, #{tools}") ==
              [:a, :b, :history, :reasoning, :termination_reason, :trajectory]
 
+    past = signature("q: :string, past: :history, more: :history", "a: :string")
+    keys_of = &(module(past <> ", " <> &1).__struct__() |> Map.from_struct() |> Map.keys())
+
+    for more <- [
+          "program_type: :predict",
+          "program_type: :best_of_n",
+          "program_type: :react, #{tools}"
+        ],
+        do:
+          assert(
+            keys_of.(more) -- ~w(a completions reasoning termination_reason trajectory)a == [
+              :past
+            ]
+          )
+
+    assert :past not in keys_of.("program_type: :rlm")
     assert keys.("program_type: :best_of_n") == [:a, :b]
 
     assert keys.("program_type: :refine, options: [module: :chain_of_thought]") == [
