@@ -16,7 +16,6 @@ import dspy
 from dspy_bridge.errors import InvalidArgs, OutputInvalid, SetupFailed
 from dspy_bridge.lm import dspy_internals
 from dspy_bridge.lm.adapters import choice
-from dspy_bridge.programs import conversations
 from dspy_bridge.programs.remote_tools import RemoteTool
 from dspy_bridge.programs.scores import Reward
 from dspy_bridge.runtime import large_inputs, worker_threads
@@ -73,17 +72,13 @@ class ToolCallRunner(Runner):
 
     native_tools = True
 
-    def __init__(
-        self, kind: Any, signature: type[dspy.Signature], tools: list[RemoteTool], conversation: str | None = None
-    ) -> None:
-        """`conversation`: the input that is it, whose turns may have calls of tools with their results."""
+    def __init__(self, kind: Any, signature: type[dspy.Signature], tools: list[RemoteTool]) -> None:
         if taken := [name for name in ("tools", "tool_calls") if name in signature.fields]:
             raise InvalidArgs(f"signature: with tools, the field {taken[0]!r} is DSPy's; choose another name")
         signature = signature.append("tools", dspy.InputField(), list[dspy.Tool])
         signature = signature.append("tool_calls", dspy.OutputField(), dspy.ToolCalls)
         super().__init__(kind(signature), one_answer="with tools")
         self._tools = {tool.name: tool for tool in tools}
-        self._conversation = conversation
 
     def adapter(self, chosen: dspy.Adapter | None) -> dspy.Adapter | None:
         """The default adapter with native function calling, too, which it uses if the LM has it."""
@@ -94,25 +89,19 @@ class ToolCallRunner(Runner):
 
     async def run(self, values: dict[str, Any], threads: WorkerThreads) -> Any:
         """The prediction, with results in its `tool_calls`; these run concurrently."""
-        prediction = await super().run(self._values(values), threads)
+        prediction = await super().run({**values, "tools": list(self._tools.values())}, threads)
         prediction.tool_calls = await self._results(prediction)
         return prediction
 
     def forward(self, kind: Any, module: dspy.Module, values: dict[str, Any]) -> Any:
         """As `Runner`'s. Tools are not a part of what demos are made of."""
-        prediction = kind.forward(module, **self._values(values))
+        prediction = kind.forward(module, **values, tools=list(self._tools.values()))
         for _predictor, inputs, _outputs in (dspy.settings.trace or [])[-1:]:
             inputs.pop("tools", None)
         # Not into this one, which the trace has.
         prediction = dspy.Prediction(**prediction)
         prediction.tool_calls = worker_threads.current_job().on_loop(self._results(prediction))
         return prediction
-
-    def _values(self, values: dict[str, Any]) -> dict[str, Any]:
-        values = {**values, "tools": list(self._tools.values())}
-        if self._conversation in values:
-            values[self._conversation] = conversations.to_history(values[self._conversation])
-        return values
 
     async def _results(self, prediction: dspy.Prediction) -> list[dict[str, Any]]:
         asked = prediction.get("tool_calls")
