@@ -240,10 +240,9 @@ def _with_history(signature: Any, _instructions: str) -> Any:
 
 
 class _Agent:
-    """What is added to DSPy's class. `conversation`: the name of the input and of the output that is it."""
+    """What is added to DSPy's class. `conversation`: the name of the input and of the result that is it."""
 
     by_history = False
-    conversation = _HISTORY
 
     def forward(self, **values: Any) -> Any:
         with self._running(values) as run:

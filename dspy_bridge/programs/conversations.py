@@ -6,8 +6,7 @@ For clients it is a list of turns, one for each answer of the LM: the inputs, wh
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import dspy
@@ -15,7 +14,7 @@ import pydantic
 from typing_extensions import NotRequired, TypedDict
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm.adapters import guarded_adapters
+from dspy_bridge.lm.adapters import field_markers, guarded_adapters
 from dspy_bridge.programs.remote_tools import Failure, observed
 from dspy_bridge.signatures import dspy_types, validation
 from dspy_bridge.signatures.validation import Contract
@@ -42,17 +41,18 @@ class _Step(TypedDict):
 _STEP = pydantic.TypeAdapter(_Step)
 
 
-def validator(contract: Contract) -> pydantic.TypeAdapter[Any]:
-    """The validator of the input `history`. It raises `InvalidArgs`, too, which names the turn and the field."""
-    return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(functools.partial(_read, contract))])
+def validator(contract: Contract, made: Callable[[list[Turn]], Any] = list) -> pydantic.TypeAdapter[Any]:
+    """The validator of a conversation. It raises `InvalidArgs`, too, which names the turn and the field."""
+    return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(lambda given: made(_read(contract, given)))])
 
 
-def _read(contract: Contract, value: Any) -> list[Turn] | None:
+def _read(contract: Contract, value: Any) -> list[Turn]:
     if isinstance(value, dict) and set(value) == {"messages"}:
         value = value["messages"]
     if not isinstance(value, list | None):
         raise InvalidArgs("expected a list of turns, as a result has it")
-    return [_turn(contract, turn, f"turn[{index}]") for index, turn in enumerate(value or ())]
+    turns = [_turn(contract, turn, f"turn[{index}]") for index, turn in enumerate(value or ())]
+    return field_markers.changed(turns, field_markers.without_types)  # type: ignore[no-any-return]
 
 
 def _turn(contract: Contract, turn: Any, where: str) -> Turn:
@@ -76,11 +76,9 @@ def gone_on(given: Any, asked: Turn, outputs: dict[str, Any], of_agent: list[Tur
     `given`, and `asked`, the inputs of this run's turn, stay as the client wrote them: a path does not become content.
     """
     given = given["messages"] if isinstance(given, dict) else given or []
-    turns = [outputs] if of_agent is None else of_agent[len(given) :]
+    turns = [dspy_types.for_replies(turn) for turn in ([outputs] if of_agent is None else of_agent[len(given) :])]
     # What was not answered is absent, as its type may not take null: for DSPy it is the same.
-    turns = [
-        {name: value for name, value in dspy_types.for_replies(turn).items() if value is not None} for turn in turns
-    ]
+    turns = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
     turns[0] = {**asked, **turns[0], **asked}
     return [*given, *turns]
 

@@ -149,11 +149,9 @@ def _make(
             # A tool or a field must not shadow a function of the sandbox.
             raise InvalidArgs(f"signature, tools: {error}") from None
         return CodeRunner(module, takes_config=False)
-    if not tools:
-        return Runner(kind(signature, **chosen), one_answer=None)
-    if contract.conversation is not None:
-        contract.inputs[contract.conversation] = conversations.validator(contract)
-    return ToolCallRunner(kind, signature, tools, contract.conversation)
+    if tools and contract.conversation is not None:
+        contract.inputs[contract.conversation] = conversations.validator(contract, conversations.to_history)
+    return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen), one_answer=None)
 
 
 def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:

@@ -143,7 +143,6 @@ class Program:
         """
         runner = self.runner
         values = await self._read(inputs, large)
-        asked = self._contract.asked({**values, **inputs})
         config, allowed = endings.take_allowed(config)
         if config and not runner.takes_config:
             raise InvalidArgs("config: this type of program takes none per call; give it with the program")
@@ -162,8 +161,8 @@ class Program:
             with self._lms.context(own_lm, runner.adapter(self._adapter), run):
                 prediction, outputs = await self._run(values, run, stream, attempts)
             if (name := self._conversation) is not None:
-                turns = conversations.gone_on(inputs.get(name), asked, outputs, outputs.get(name))
-                outputs = {**outputs, name: turns}
+                asked = self._contract.asked({**values, **inputs})
+                outputs = {**outputs, name: conversations.gone_on(inputs.get(name), asked, outputs, outputs.get(name))}
             if gives_all:
                 answers = prediction.completions
                 outputs = {**outputs, "completions": [self.outputs(answers[at]) for at in range(len(answers))]}

@@ -94,7 +94,9 @@ def build(definition: object, *, files_dir: str | None = None, left_out: Mapping
                 info.json_schema_extra["constraints"] = f"must adhere to the JSON schema: {schema}"
             fields[field.name] = (field.annotation, info)
     defaults = {field.name: field.default for field in inputs if field.default is not ... and field.name in fields}
-    return Contract(dspy.Signature(fields, instructions or None, name or _NAME), defaults, files_dir, conversation)
+    contract = Contract(dspy.Signature(fields, instructions or None, name or _NAME), defaults, files_dir)
+    contract.conversation = conversation
+    return contract
 
 
 def _read_fields(fields: object, where: str) -> list[_Field]:

@@ -27,16 +27,11 @@ class Contract:
     given. `outputs`: as `inputs`, for constrained ones only. `conversation`: the input that is it.
     """
 
-    def __init__(
-        self,
-        signature: type[dspy.Signature],
-        defaults: dict[str, Any],
-        files_dir: str | None,
-        conversation: str | None = None,
-    ) -> None:
+    conversation: str | None = None
+
+    def __init__(self, signature: type[dspy.Signature], defaults: dict[str, Any], files_dir: str | None) -> None:
         """`defaults`: those of optional inputs."""
         self.signature = signature
-        self.conversation = conversation
         self._kinds = {name: field.rebuild_annotation() for name, field in signature.fields.items()}
         self._files_dir = files_dir
         self._defaults = defaults

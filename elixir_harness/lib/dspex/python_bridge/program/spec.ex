@@ -68,17 +68,13 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
     past = for %Field{key: key, type: {:media, :history}} <- inputs, do: key
     past = Names.conversation(kind, past)
-
     {all, added} = Enum.split_with(Names.results(kind), &(&1 == :completions))
     # That of an agent may have another name.
     added = (added -- [:history]) ++ List.wrap(past)
     added = for key <- added, do: Types.field(key, {:optional, :any}, "", [])
 
-    extra =
-      for {key, type} <- Names.extra_inputs(kind),
-          key in [past, :completions],
-          do: Types.field(key, type, "", [])
-
+    extra = Keyword.take(Names.extra_inputs(kind), [past, :completions])
+    extra = for {key, type} <- extra, do: Types.field(key, type, "", [])
     id = Keyword.get(opts, :id, inspect(module))
 
     signature =

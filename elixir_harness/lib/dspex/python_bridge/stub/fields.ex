@@ -8,9 +8,7 @@ defmodule DSPex.PythonBridge.Stub.Fields do
   # What a program type adds to the outputs of a signature, or to its inputs.
   @added ~w(reasoning rationale trajectory final_reasoning tool_calls completions history termination_reason)
 
-  @typedoc """
-  The names of the inputs and outputs, and those of them that may not be missing. `past`: that of the conversation, or nil.
-  """
+  @typedoc "The names of the inputs and outputs, those of them that may not be missing, and that of the conversation."
   @type t :: %{inputs: names(), outputs: names(), past: String.t() | nil}
   @typep names :: {known :: [String.t()], required :: [String.t()]} | :any
 
@@ -29,14 +27,10 @@ defmodule DSPex.PythonBridge.Stub.Fields do
             not (type =~ ~r/optional|none|null|default|history/i),
             do: name
 
-      past =
-        Enum.find_value(inputs, fn {name, type} ->
-          if type =~ ~r/\A"?\s*(dspy\.)?history\s*"?\z/i, do: name
-        end)
-
+      past = for {name, type} <- inputs, type =~ ~r/\A"?\s*(dspy\.)?history\W*\z/i, do: name
       [inputs, outputs] = for side <- [inputs, outputs], do: Enum.map(side, &elem(&1, 0))
       type = args["program_type"] || "predict"
-      past = if type in Names.conversing(), do: past
+      past = if type in Names.conversing(), do: List.first(past)
       # A module of the user's own returns what it likes.
       own? = String.contains?(type, ":")
       outputs = if own? or outputs == [], do: :any, else: {outputs ++ List.wrap(past), outputs}
