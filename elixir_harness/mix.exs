@@ -81,6 +81,8 @@ defmodule DSPex.MixProject do
   @modules [
     {"Calls",
      ~w(Bridge Pool Program Evaluate Evaluate.Result Optimize Optimize.Result Error History)},
+    {"Runs that survive",
+     ~w(Durable Durable.Run Durable.Store Durable.FileStore Durable.MemoryStore)},
     {"Starting and setting", ~w(Supervisor Options Venv)},
     {"Looking at it", ~w(Monitor Telemetry Top Doctor EnvironmentCheck)},
     {"In tests", ~w(Stub)},

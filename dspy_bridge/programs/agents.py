@@ -58,12 +58,14 @@ def by_history(kind: Any) -> bool:
 def make(
     kind: Any, contract: Contract, tools: list[RemoteTool], max_iters: dict[str, int], files_dir: str | None
 ) -> dspy.Module:
-    """The module of a `react` program, whose contract gets the input `history`."""
-    contract.inputs[_HISTORY] = conversations.validator(contract)
-    contract.optional.add(_HISTORY)
+    """The module of a `react` program, whose contract gets the input of its conversation."""
+    name = contract.conversation or _HISTORY
+    contract.inputs[name] = conversations.validator(contract)
+    contract.optional.add(name)
     takes_content = not by_history(kind)
     agents_tools = [AgentTool(tool, files_dir, takes_content=takes_content) for tool in tools]
     agent = _agent_of(kind)(contract.signature, tools=agents_tools, **max_iters)
+    agent.conversation = name
     for predictor in agent.predictors():
         predictor.__class__ = Step
     ends = next(reversed(agent.tools))
@@ -112,7 +114,7 @@ class _Run:
     def __init__(self, agent: Any, values: dict[str, Any]) -> None:
         self._agent = agent
         self.config = values.pop("config", None) or {}
-        self._given = values.pop(_HISTORY, None) or []
+        self._given = values.pop(agent.conversation, None) or []
         self._inputs = dict(values)
         self._traced = len(dspy.settings.trace or ())
         self._history: Any = None
@@ -137,7 +139,8 @@ class _Run:
             turns[-1] |= outputs
             reason = self._how_it_ended(trajectory)
         shape = {"trajectory": trajectory, "reasoning": reasoning, **outputs}
-        return dspy.Prediction(**shape, history=[*self._given, *turns], termination_reason=reason)
+        shape[self._agent.conversation] = [*self._given, *turns]
+        return dspy.Prediction(**shape, termination_reason=reason)
 
     def _how_it_ended(self, trajectory: dict[str, Any]) -> str:
         if conversations.FINISH in [value for key, value in trajectory.items() if key.startswith("tool_name_")][-1:]:
@@ -237,7 +240,7 @@ def _with_history(signature: Any, _instructions: str) -> Any:
 
 
 class _Agent:
-    """What is added to DSPy's class."""
+    """What is added to DSPy's class. `conversation`: the name of the input and of the result that is it."""
 
     by_history = False
 

@@ -1,13 +1,12 @@
-"""The conversation of an agent, `history`: as clients have it, and as DSPy's two kinds of ReAct take it. Imports DSPy.
+"""Conversations, such as `history`: as clients have them, and as DSPy's two kinds of ReAct take them. Imports DSPy.
 
-For clients it is a list of turns, one for each answer of the LM: the inputs, where a question begins; `next_thought`;
-`tool_calls`, each with its `result` or `error`; and the outputs, where it ends.
+For clients it is a list of turns, one for each answer of the LM: the inputs, where a question begins; of an agent
+`next_thought`; `tool_calls`, each with its `result` or `error`; and the outputs, where it ends.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import dspy
@@ -15,9 +14,9 @@ import pydantic
 from typing_extensions import NotRequired, TypedDict
 
 from dspy_bridge.errors import InvalidArgs
-from dspy_bridge.lm.adapters import guarded_adapters
+from dspy_bridge.lm.adapters import field_markers, guarded_adapters
 from dspy_bridge.programs.remote_tools import Failure, observed
-from dspy_bridge.signatures import validation
+from dspy_bridge.signatures import dspy_types, validation
 from dspy_bridge.signatures.validation import Contract
 
 Turn = dict[str, Any]
@@ -42,17 +41,18 @@ class _Step(TypedDict):
 _STEP = pydantic.TypeAdapter(_Step)
 
 
-def validator(contract: Contract) -> pydantic.TypeAdapter[Any]:
-    """The validator of the input `history`. It raises `InvalidArgs`, too, which names the turn and the field."""
-    return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(functools.partial(_read, contract))])
+def validator(contract: Contract, made: Callable[[list[Turn]], Any] = list) -> pydantic.TypeAdapter[Any]:
+    """The validator of a conversation. It raises `InvalidArgs`, too, which names the turn and the field."""
+    return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(lambda given: made(_read(contract, given)))])
 
 
-def _read(contract: Contract, value: Any) -> list[Turn] | None:
+def _read(contract: Contract, value: Any) -> list[Turn]:
     if isinstance(value, dict) and set(value) == {"messages"}:
         value = value["messages"]
     if not isinstance(value, list | None):
         raise InvalidArgs("expected a list of turns, as a result has it")
-    return [_turn(contract, turn, f"turn[{index}]") for index, turn in enumerate(value or ())]
+    turns = [_turn(contract, turn, f"turn[{index}]") for index, turn in enumerate(value or ())]
+    return field_markers.changed(turns, field_markers.without_types)  # type: ignore[no-any-return]
 
 
 def _turn(contract: Contract, turn: Any, where: str) -> Turn:
@@ -70,20 +70,35 @@ def _turn(contract: Contract, turn: Any, where: str) -> Turn:
     return {**turn, **(contract.turn(fields, where) if fields else {})}
 
 
-def to_history(turns: list[Turn], outputs: Iterable[str]) -> dspy.History:
-    """For a ReAct by history: each turn as it was, and one that ended otherwise as one that ended by `submit`."""
+def gone_on(given: Any, asked: Turn, outputs: dict[str, Any], of_agent: list[Turn] | None) -> list[Turn]:
+    """The conversation that the next run goes on with. `of_agent`: as that run of an agent has made it.
+
+    `given`, and `asked`, the inputs of this run's turn, stay as the client wrote them: a path does not become content.
+    """
+    given = given["messages"] if isinstance(given, dict) else given or []
+    turns = [dspy_types.for_replies(turn) for turn in ([outputs] if of_agent is None else of_agent[len(given) :])]
+    # What was not answered is absent, as its type may not take null: for DSPy it is the same.
+    turns = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
+    turns[0] = {**asked, **turns[0], **asked}
+    return [*given, *turns]
+
+
+def to_history(turns: list[Turn], outputs: Iterable[str] | None = None) -> dspy.History:
+    """Each turn as it was. `outputs`: those of a ReAct by history, for which a turn that has them ends by `submit`."""
     messages = []
     for number, turn in enumerate(turns):
         message = {name: value for name, value in turn.items() if value is not None}
         if "next_thought" in message:
             message["next_thought"] = dspy.Reasoning(content=message["next_thought"])
         calls = message.pop("tool_calls", [])
-        done = {name: turn[name] for name in outputs if name in turn}
+        done = {name: turn[name] for name in outputs or () if name in turn}
         if done and all(call["name"] != SUBMIT for call in calls):
             submit = {"name": SUBMIT, "args": done, "result": done}
             calls = [*(call for call in calls if call["name"] != FINISH), submit]
         if calls:
             message["tool_calls"] = _calls(calls, number)
+        elif outputs is None and "tool_calls" in turn:
+            message["tool_calls"] = dspy.ToolCalls(tool_calls=[])
         messages.append(message)
     return dspy.History(messages=messages)
 

@@ -11,7 +11,7 @@ import pydantic
 
 from dspy_bridge.errors import InvalidArgs, NotAllowed
 from dspy_bridge.lm.dspy_setup import LMs
-from dspy_bridge.programs import agents, remote_tools, scores
+from dspy_bridge.programs import agents, conversations, remote_tools, scores
 from dspy_bridge.programs.runners import CodeRunner, Runner, Sandboxes, ScoredRunner, ToolCallRunner
 from dspy_bridge.signatures import media, validation
 from dspy_bridge.signatures.validation import Contract
@@ -47,6 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "multi_chain_comparison": {"m": Annotated[int, pydantic.Field(ge=1, le=100)], "temperature": _NUMBER},
     "rlm": {"max_iters": _COUNT, "max_llm_calls": _COUNT, "max_output_chars": pydantic.PositiveInt, "sub_lm": Any},
 }
+# Their results have the conversation, if they are given one.
+CONVERSE = frozenset(("predict", "chain_of_thought", "react", "best_of_n", "refine"))
 _TAKE_TOOLS = frozenset(("predict", "chain_of_thought", "react", "rlm"))
 # Names that DSPy's modules need for fields of their own, and parameters of their functions.
 _OWN_FIELDS = {
@@ -93,7 +95,7 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
         raise InvalidArgs("options: expected an object of the module's settings")
     if program_type == "rlm" and not lms.settings.allow_code:
         raise NotAllowed("program_type: rlm runs code that an LM wrote; DSPY_BRIDGE_ALLOW_CODE=1 allows it")
-    _check_fields(program_type, signature)
+    _check_fields(program_type, contract)
     taken = {"finish", *signature.input_fields, *signature.output_fields, *_OWN_FIELDS.get(program_type, ())}
     if _is_agent(definition):
         taken.add("submit")
@@ -104,7 +106,7 @@ def build(definition: dict[str, Any], contract: Contract, lms: LMs) -> Runner:
     lower = {name.lower() if len(name) == 1 else name: value for name, value in (given or {}).items()}
     chosen = validation.read_options(lower, OPTIONS[program_type], "options")
     if "module" in chosen:
-        _check_fields(chosen["module"], signature)
+        _check_fields(chosen["module"], contract)
     return _make(program_type, contract, chosen, tools, lms)
 
 
@@ -147,6 +149,8 @@ def _make(
             # A tool or a field must not shadow a function of the sandbox.
             raise InvalidArgs(f"signature, tools: {error}") from None
         return CodeRunner(module, takes_config=False)
+    if tools and contract.conversation is not None:
+        contract.inputs[contract.conversation] = conversations.validator(contract, conversations.to_history)
     return ToolCallRunner(kind, signature, tools) if tools else Runner(kind(signature, **chosen), one_answer=None)
 
 
@@ -165,11 +169,12 @@ def _completions(count: int, answer: str) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(Annotated[Any, pydantic.AfterValidator(check)])
 
 
-def _check_fields(program_type: str, signature: type[dspy.Signature]) -> None:
-    for where, fields in (("inputs", signature.input_fields), ("outputs", signature.output_fields)):
+def _check_fields(program_type: str, contract: Contract) -> None:
+    inputs = [*contract.signature.input_fields, contract.conversation]
+    for where, fields in (("inputs", inputs), ("outputs", contract.signature.output_fields)):
         own = {*_OWN_FIELDS.get(program_type, ()), *_OWN_ARGUMENTS.get((program_type, where), ())}
         if where == "outputs":
-            own.discard("reasoning")  # it is the same field
+            own = (own | {contract.conversation}) - {"reasoning"}  # this one is the same field
         for name in fields:
             if name in own:
                 text = f"{program_type} has a field {name!r} of its own; choose another name"

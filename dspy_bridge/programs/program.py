@@ -19,7 +19,7 @@ from dspy_bridge.lm.journal import Journal
 from dspy_bridge.lm.metering import endings
 from dspy_bridge.lm.transport import routes
 from dspy_bridge.logs import redaction
-from dspy_bridge.programs import agents, module_factory, saved_state, scores
+from dspy_bridge.programs import agents, conversations, module_factory, saved_state, scores
 from dspy_bridge.runtime import large_inputs
 from dspy_bridge.runtime.worker_threads import WorkerThreads
 from dspy_bridge.signatures import builder, dspy_types
@@ -46,6 +46,8 @@ class Program:
         adapter = definition.get("adapter")
         self._adapter = None if adapter is None else lms.adapter(adapter, self.runner.native_tools)
         self.of_dspy = definition.get("program_type", "predict") in module_factory.TYPES
+        converses = definition.get("program_type", "predict") in module_factory.CONVERSE
+        self._conversation = self._contract.conversation if converses else None
         module = self.runner.module
         state = saved_state.read(definition, lms.settings.state_dir)
         self._saved_lm = None if state is None else saved_state.load(module, state)
@@ -158,6 +160,9 @@ class Program:
         try:
             with self._lms.context(own_lm, runner.adapter(self._adapter), run):
                 prediction, outputs = await self._run(values, run, stream, attempts)
+            if (name := self._conversation) is not None:
+                asked = self._contract.asked({**values, **inputs})
+                outputs = {**outputs, name: conversations.gone_on(inputs.get(name), asked, outputs, outputs.get(name))}
             if gives_all:
                 answers = prediction.completions
                 outputs = {**outputs, "completions": [self.outputs(answers[at]) for at in range(len(answers))]}

@@ -44,7 +44,7 @@ def build(definition: object, *, files_dir: str | None = None, left_out: Mapping
 
     DSPex also sends `name`, that of the signature's class, and `description`, the default instructions.
     `files_dir`: the folder for paths in inputs; no paths if None. `left_out`: inputs that may be declared but are not
-    fields. Raises `InvalidArgs`, naming the field.
+    fields; an agent's conversation may have another name there. Raises `InvalidArgs`, naming the field.
     """
     instructions = name = None
     if isinstance(definition, str):
@@ -60,10 +60,16 @@ def build(definition: object, *, files_dir: str | None = None, left_out: Mapping
             raise InvalidArgs("signature.name: expected a name on one line")
     else:
         raise InvalidArgs('signature: expected text ("question -> answer") or an object with inputs and outputs')
+    left_out = left_out or {}
     for field in inputs:
-        if left_out and left_out.get(field.name, Any) not in (Any, field.annotation):
+        if left_out.get(field.name, Any) not in (Any, field.annotation):
             raise InvalidArgs(f"{field.where}: {field.name!r} is the conversation; expected the type history")
-    inputs = [field for field in inputs if field.name not in (left_out or ())]
+    # DSPy's adapters take the first one, too.
+    conversation = next((field.name for field in inputs if field.annotation is dspy.History), None)
+    if dspy.History in left_out.values():
+        if conversation is None or any(field.name in left_out for field in inputs):
+            (conversation,) = left_out
+        left_out = {conversation: dspy.History}
     if not outputs:
         raise InvalidArgs("signature.outputs: expected at least one field")
     if len(inputs) + len(outputs) > MAX_FIELDS:
@@ -73,10 +79,12 @@ def build(definition: object, *, files_dir: str | None = None, left_out: Mapping
         for field in group:
             if field.name in fields:
                 raise InvalidArgs(f"{field.where}.name: {field.name!r} is used twice; expected distinct names")
-            if group is inputs and field.name in _NOT_AS_INPUT:
+            if group is inputs and field.name in _NOT_AS_INPUT and left_out.get(field.name) is not Any:
                 raise InvalidArgs(f"{field.where}.name: {field.name!r} is reserved by DSPy; choose another name")
             if group is inputs and Citations in dspy.Type.extract_custom_type_from_annotation(field.annotation):
                 raise InvalidArgs(f"{field.where}.type: an LM writes citations; expected them in outputs alone")
+            if group is inputs and field.name in left_out:
+                continue
             extra: dict[str, Any] = {"desc": field.description} if field.description else {}
             if field.annotation is PROBABILITY:
                 extra.update(ge=0, le=1)  # DSPy shows the LM constraints that are arguments of the field function
@@ -85,8 +93,10 @@ def build(definition: object, *, files_dir: str | None = None, left_out: Mapping
                 schema = json.dumps(pydantic.TypeAdapter(field.annotation).json_schema(), ensure_ascii=False)
                 info.json_schema_extra["constraints"] = f"must adhere to the JSON schema: {schema}"
             fields[field.name] = (field.annotation, info)
-    defaults = {field.name: field.default for field in inputs if field.default is not ...}
-    return Contract(dspy.Signature(fields, instructions or None, name or _NAME), defaults, files_dir)
+    defaults = {field.name: field.default for field in inputs if field.default is not ... and field.name in fields}
+    contract = Contract(dspy.Signature(fields, instructions or None, name or _NAME), defaults, files_dir)
+    contract.conversation = conversation
+    return contract
 
 
 def _read_fields(fields: object, where: str) -> list[_Field]:

@@ -24,8 +24,10 @@ class Contract:
     """A signature with the validators of its fields.
 
     `inputs`: name to a validator, None if any value is valid; `optional`: those of them that are absent if they are not
-    given. `outputs`: as `inputs`, for constrained ones only.
+    given. `outputs`: as `inputs`, for constrained ones only. `conversation`: the input that is it.
     """
+
+    conversation: str | None = None
 
     def __init__(self, signature: type[dspy.Signature], defaults: dict[str, Any], files_dir: str | None) -> None:
         """`defaults`: those of optional inputs."""
@@ -53,8 +55,9 @@ class Contract:
         for name, validator in self.inputs.items():
             if name in self.optional and name not in inputs:
                 continue
-            missing = name not in inputs and name not in self._defaults
+            missing = name not in inputs and name not in self._defaults and name != self.conversation
             value = inputs[name] if name in inputs else copy.deepcopy(self._defaults.get(name))
+            value = [] if value is None and name == self.conversation else value
             try:
                 if validator is not None:
                     value = validator.validate_python(value)
@@ -90,6 +93,10 @@ class Contract:
     def _of_turns(self) -> dict[str, pydantic.TypeAdapter[Any] | None]:
         kinds = {name: kind for name, kind in self._kinds.items() if kind is not dspy.History}
         return {name: _validator_of(kind, self._files_dir) for name, kind in kinds.items()}
+
+    def asked(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Those of a run that its turn of a history has."""
+        return {name: value for name, value in inputs.items() if name in self._of_turns}
 
     def turn(self, turn: dict[str, Any], where: str) -> dict[str, Any]:
         """A validated turn of a history. Raises `InvalidArgs` or `NotAllowed`, naming the field."""

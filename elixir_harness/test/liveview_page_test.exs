@@ -25,7 +25,8 @@ defmodule DSPex.LiveviewPageTest do
 
   defp start_pool(opts) do
     opts =
-      [name: @pool, python_executable: python(), pool_size: 1, programs: [MyApp.Advice]] ++ opts
+      [name: @pool, python_executable: python(), pool_size: 1] ++
+        [programs: [MyApp.Advice, MyApp.Chat]] ++ opts
 
     # On a busy machine that of the last test may still be ending.
     names = [@pool, Handle.bridges_supervisor(@pool)]
@@ -113,6 +114,23 @@ defmodule DSPex.LiveviewPageTest do
     eventually(fn ->
       match?({:failed, %{type: :output_invalid}}, LiveViewStandIn.assigns(view).advice)
     end)
+  end
+
+  test "a chat goes on, also after an error" do
+    # An answer that does not fit is asked for again, in JSON.
+    start_scripted([%{answer: "An author."}, "?", "?", %{answer: "In 1775."}])
+    turns = for {q, a} <- [{"Who?", "An author."}, {"When?", "In 1775."}], do: turn(q, a)
+    view = open(MyAppWeb.ChatLive)
+    say(view, "Who?", %{history: Enum.take(turns, 1), asking: nil, error: nil})
+    say(view, "When?", %{history: Enum.take(turns, 1), asking: nil, error: "That did not work."})
+    say(view, "When?", %{history: turns, asking: nil, error: nil})
+  end
+
+  defp turn(question, answer), do: %{"question" => question, "answer" => answer}
+
+  defp say(view, question, wanted) do
+    :ok = LiveViewStandIn.event(view, "ask", %{"question" => question})
+    shows(view, wanted)
   end
 
   test "its tests need no Python", %{others: [code]} do

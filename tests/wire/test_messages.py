@@ -36,6 +36,7 @@ def test_good_requests(vector: dict[str, Any]) -> None:
     request = messages.decode(json.dumps(vector["payload"]).encode())
     assert isinstance(request, Request)
     assert (request.id, request.command, request.args) == (vector["id"], vector["command"], vector["args"])
+    assert request.journal == vector["payload"].get("journal")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,8 @@ def test_replies_are_written_as_the_vectors_have_them(vector: dict[str, Any]) ->
 def test_what_comes_before_a_reply_is_written_as_the_vectors_have_it(vector: dict[str, Any]) -> None:
     if "stream" in vector:
         payload = messages.encode_stream(vector["id"], vector["stream"])
+    elif "journal" in vector:
+        payload = messages.encode_journal(vector["id"], vector["journal"])
     else:
         call = vector["tool_call"]
         payload = messages.encode_tool_call(vector["id"], call["call_id"], call["name"], call["args"])

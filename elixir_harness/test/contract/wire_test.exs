@@ -8,12 +8,17 @@ defmodule DSPex.Contract.WireTest do
   alias DSPex.PythonBridge.Bridge
   alias DSPex.Test.RawPeer
 
-  test "requests.json: each payload gets its reply" do
+  test "requests.json: each payload gets its reply, after what comes before it" do
     peer = RawPeer.open()
 
-    for %{"name" => name, "payload" => payload, "reply" => wanted} <- vectors("requests.json") do
-      reply = RawPeer.exchange(peer, JSON.encode!(payload))
-      assert contains?(reply, wanted), "#{name}: #{inspect(reply)} lacks #{inspect(wanted)}"
+    for %{"name" => name, "payload" => payload, "reply" => reply} = vector <-
+          vectors("requests.json") do
+      RawPeer.write(peer, JSON.encode!(payload))
+
+      for wanted <- Map.get(vector, "before", []) ++ [reply] do
+        frame = RawPeer.frame(peer)
+        assert contains?(frame, wanted), "#{name}: #{inspect(frame)} lacks #{inspect(wanted)}"
+      end
     end
   end
 

@@ -14,9 +14,15 @@ defmodule DSPex.Test.RawPeer do
   end
 
   @doc "Sends one payload and waits for one frame."
-  def exchange(%Peer{port: port}, payload, timeout \\ 10_000) do
-    true = Port.command(port, payload)
+  def exchange(peer, payload, timeout \\ 10_000) do
+    write(peer, payload)
+    frame(peer, timeout)
+  end
 
+  def write(%Peer{port: port}, payload), do: true = Port.command(port, payload)
+
+  # The first program waits for DSPy's import.
+  def frame(%Peer{port: port}, timeout \\ 60_000) do
     receive do
       {^port, {:data, frame}} -> JSON.decode!(frame)
       {^port, {:exit_status, status}} -> raise "the peer ended with status #{status}"

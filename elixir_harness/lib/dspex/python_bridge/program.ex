@@ -71,8 +71,8 @@ defmodule DSPex.PythonBridge.Program do
   `:max` are the limits of a number, or of the length of a string or list. The struct has the outputs, and what the program
   type adds: `reasoning`, `trajectory`, `history`, `termination_reason`, `rationale`, `final_reasoning`, `tool_calls`, which
   are nil if they are absent, and `completions`: with `config: [n: 3]` a list of three such structs, else nil. Of a module
-  of your own in Python it has the outputs alone. The `history` of a `react` is also an input, by which its conversation
-  goes on.
+  of your own in Python it has the outputs alone. An input of the type `:history` is the conversation: it may be left out, and
+  the struct has it, too, with the new turn, to be passed on. A `react` has one without a declaration, `history`.
 
   | type | in Elixir |
   | --- | --- |

@@ -58,7 +58,8 @@ defmodule DSPex.PythonBridge.Stub do
   ## Programs
 
   Programs need not be declared or created. If one is, by the option `:programs` or `create_program`, runs with other
-  inputs or outputs than it has are errors. The rest of its definition is not checked. Programs belong to the stub, as they
+  inputs or outputs than it has are errors, and a conversation that an answer does not give has the turn of the run. The
+  rest of its definition is not checked. Programs belong to the stub, as they
   do to a pool.
   """
 

@@ -40,6 +40,7 @@ defmodule DSPex.PythonBridge.Program.Names do
   }
   @several ["best_of_n", "refine"]
   @calling_tools ["predict", "chain_of_thought"]
+  @converse @several ++ ["react" | @calling_tools]
 
   @typedoc "What decides it: `module` is the option of that name; `tools?` is whether there are tools."
   @type kind :: %{type: String.t(), module: String.t(), tools?: boolean()}
@@ -73,6 +74,22 @@ defmodule DSPex.PythonBridge.Program.Names do
     do: [history: {:optional, :any}]
 
   def extra_inputs(_kind), do: []
+
+  @doc "The program types whose results have the conversation."
+  @spec conversing() :: [String.t()]
+  def conversing, do: @converse
+
+  @doc """
+  The conversation, an input and a result: of these inputs of the type history the first, or that which agents have. nil if
+  there is none, or if the peer gives none for the program type.
+  """
+  @spec conversation(kind(), [atom()]) :: atom() | nil
+  def conversation(%{type: type} = kind, inputs) when type in @converse do
+    own = Keyword.keys(extra_inputs(kind))
+    Enum.find(inputs, List.first(inputs ++ own), &(&1 in own))
+  end
+
+  def conversation(_kind, _inputs), do: nil
 
   @doc "Checks the name of a field of a signature."
   @spec check(atom(), :inputs | :outputs, kind(), String.t()) :: :ok

@@ -66,9 +66,15 @@ defmodule DSPex.PythonBridge.Program.Spec do
         Enum.any?(inputs, &(&1.key == key)),
         do: refuse("signature.outputs.#{key}", "an input has the same name; choose another")
 
+    past = for %Field{key: key, type: {:media, :history}} <- inputs, do: key
+    past = Names.conversation(kind, past)
     {all, added} = Enum.split_with(Names.results(kind), &(&1 == :completions))
+    # That of an agent may have another name.
+    added = (added -- [:history]) ++ List.wrap(past)
     added = for key <- added, do: Types.field(key, {:optional, :any}, "", [])
-    extra = for {key, type} <- Names.extra_inputs(kind), do: Types.field(key, type, "", [])
+
+    extra = Keyword.take(Names.extra_inputs(kind), [past, :completions])
+    extra = for {key, type} <- extra, do: Types.field(key, type, "", [])
     id = Keyword.get(opts, :id, inspect(module))
 
     signature =
@@ -86,6 +92,8 @@ defmodule DSPex.PythonBridge.Program.Spec do
 
     fields = Enum.uniq_by(fields ++ all, & &1.key)
     inputs = Enum.uniq_by(inputs ++ extra, & &1.key)
+    # None begins it.
+    inputs = for field <- inputs, do: %{field | required?: field.required? and field.key != past}
     Settings.check(passed, kind.type, inputs ++ fields)
 
     if tools == [] and "react" in [kind.type, kind.module],

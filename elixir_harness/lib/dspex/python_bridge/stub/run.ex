@@ -177,7 +177,8 @@ defmodule DSPex.PythonBridge.Stub.Run do
 
     case read(run, if(fun, do: fun.(inputs), else: run.default.(run.program, inputs))) do
       text when is_binary(text) -> mistake(run, owner, internal(run, text))
-      answer -> answer
+      {:ok, outputs, meta} -> {:ok, Fields.gone_on(run.fields, inputs, outputs), meta}
+      error -> error
     end
   catch
     kind, reason ->

@@ -233,6 +233,16 @@ defmodule DSPex.ProgramDefinitionTest do
     assert keys.("program_type: :react, #{tools}") ==
              [:a, :b, :history, :reasoning, :termination_reason, :trajectory]
 
+    # The conversation, once, under its name.
+    past =
+      &module(signature("q: :string, past: :history", "a: :string") <> ", program_type: " <> &1)
+
+    for type <- [":predict", ":best_of_n", ":react, #{tools}"] do
+      assert %{past: nil} = struct = past.(type).__struct__()
+      refute is_map_key(struct, :history)
+    end
+
+    refute is_map_key(past.(":rlm").__struct__(), :past)
     assert keys.("program_type: :best_of_n") == [:a, :b]
 
     assert keys.("program_type: :refine, options: [module: :chain_of_thought]") == [

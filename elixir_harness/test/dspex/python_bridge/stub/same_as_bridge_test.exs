@@ -8,6 +8,11 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
   alias DSPex.PythonBridge.{Bridge, Error, Evaluate, Pool, Stub}
   alias DSPex.Test.Helpers
 
+  defmodule Chat do
+    use DSPex.PythonBridge.Program,
+      signature: [inputs: [past: :history, question: :string], outputs: [answer: :string]]
+  end
+
   setup_all do
     real = start_supervised!({Pool, Helpers.real_opts(name: __MODULE__.Real, pool_size: 1)})
     stub = start_supervised!({Stub, name: __MODULE__.Stub, answers: &answer/2})
@@ -16,6 +21,7 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
     for server <- [real, stub] do
       qa = %{id: "qa", signature: "question -> answer, certain: bool"}
       assert {:ok, _} = Pool.call(server, :create_program, qa, 60_000)
+      assert {:ok, _} = Pool.call(server, :create_program, Chat.definition())
     end
 
     %{both: [__MODULE__.Real.Bridge1, __MODULE__.Stub]}
@@ -23,6 +29,8 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
 
   defp answer("qa", %{"question" => question}),
     do: {:ok, %{"answer" => "echo: #{question}", "certain" => true}}
+
+  defp answer(_chat, %{"question" => question}), do: {:ok, %{answer: "echo: #{question}"}}
 
   defp same([real, stub], fun) do
     result = timeless(fun.(real))
@@ -76,6 +84,28 @@ defmodule DSPex.PythonBridge.Stub.SameAsBridgeTest do
       same(both, &Bridge.call(&1, :cleanup, %{program_ids: ["two"]}))
     end
   end
+
+  test "a conversation goes on with what the run before returned", %{both: both} do
+    {first, second} = {turn("Why?"), turn("And?")}
+
+    for server <- both do
+      assert {:ok, %Chat{answer: "echo: Why?", past: [^first] = past}} =
+               Chat.run(%{question: "Why?"}, server: server)
+
+      assert [{:ok, %Chat{past: [^first, ^second] = past}, _meta} | _] =
+               Chat.stream(%{question: "And?", past: past}, server: server)
+               |> Enum.reverse()
+
+      inputs = %{question: "So?", past: past}
+
+      for pool <- [__MODULE__.Real, __MODULE__.Stub] do
+        assert {:ok, %{"past" => [^first, ^second, %{"answer" => "echo: So?"}]}, _meta} =
+                 Pool.request(pool, :execute_program, run(inputs, inspect(Chat)))
+      end
+    end
+  end
+
+  defp turn(question), do: %{"question" => question, "answer" => "echo: #{question}"}
 
   describe "a call has the same error:" do
     test "inputs that the program does not have, or not all, and no inputs", %{both: both} do
