@@ -281,7 +281,7 @@ defmodule DSPex.PythonBridge.EvaluateTest do
     metric = fn _, _ -> flunk("there is no answer to score") end
 
     assert {:error, %Error{type: :timeout}} =
-             Evaluate.run(bridge, "silent", @examples, metric: metric, timeout: 500)
+             Evaluate.run(bridge, "silent", @examples, metric: metric, timeout: 1_500)
 
     eventually(fn -> Bridge.get_status(bridge).pending == 0 end)
     for _ <- @examples, do: assert_receive(:lm_closed)
