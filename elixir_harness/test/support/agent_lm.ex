@@ -21,6 +21,16 @@ defmodule DSPex.Test.AgentLM do
     Map.merge(program, %{id: id, lm: lm})
   end
 
+  @doc """
+  The arguments that create a program without an agent, whose LM calls all tools of a question such as `ask:x slow:y` at once.
+  """
+  def parallel(id, lm) do
+    tools =
+      for name <- ~w(ask slow), do: %{name: name, description: "does", args: %{what: "string"}}
+
+    %{id: id, signature: "question -> answer", program_type: "predict", tools: tools, lm: lm}
+  end
+
   @doc "The numbers of the answers in a result, or in entries of a journal."
   def numbers(term) do
     found = Regex.scan(~r/no\. (\d+)/, inspect(term, printable_limit: :infinity))
@@ -35,10 +45,27 @@ defmodule DSPex.Test.AgentLM do
     what = Enum.at(String.split(question), length(Regex.scan(~r/## observation_/, text)))
 
     cond do
-      not (system =~ "next_tool_name") -> write(reasoning: number, answer: number)
-      what -> step(number, "do", JSON.encode!(%{what: what}))
-      true -> step(number, "finish", "{}")
+      not (system =~ "next_tool_name") and question =~ ":" ->
+        write(answer: number, tool_calls: calls(question))
+
+      not (system =~ "next_tool_name") ->
+        write(reasoning: number, answer: number)
+
+      what ->
+        step(number, "do", JSON.encode!(%{what: what}))
+
+      true ->
+        step(number, "finish", "{}")
     end
+  end
+
+  defp calls(question) do
+    calls =
+      for call <- String.split(question),
+          [name, what] = String.split(call, ":"),
+          do: %{name: name, args: %{what: what}}
+
+    JSON.encode!(%{tool_calls: calls})
   end
 
   defp step(number, name, args),

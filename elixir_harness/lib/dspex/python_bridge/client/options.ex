@@ -7,9 +7,8 @@ defmodule DSPex.PythonBridge.Client.Options do
   alias DSPex.PythonBridge.Options.Table
 
   # Not for users. `:journal` has the entries of a run's journal, as peers have written them, the oldest first: no LM is asked
-  # for their answers. `:on_journal` is a `t:DSPex.PythonBridge.Client.StreamProxy.on_journal/0`,
-  # `:run_id` what the call keys of its tools are made from.
-  @internal [:journal, :on_journal, :run_id]
+  # for their answers. `:keeper` is a `t:DSPex.PythonBridge.Client.StreamProxy.keeper/0`.
+  @internal [:journal, :keeper]
   # They are arguments of execute_program on the wire.
   @arguments [:attempts, :budget, :max_concurrency, :item_timeout_ms]
   @absent [tools: %{}, history: false, traceparent: nil, telemetry_metadata: %{}]
@@ -62,8 +61,7 @@ defmodule DSPex.PythonBridge.Client.Options do
       history: :boolean,
       telemetry_metadata: :map,
       journal: :any,
-      on_journal: :any,
-      run_id: :any,
+      keeper: :any,
       budget: Table.budget([:lm_calls, :tokens, :usd]),
       attempts: 1..10,
       max_concurrency: :positive,

@@ -15,9 +15,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
   alias DSPex.PythonBridge.Tools.{Answer, Runner}
 
   # A queue as a default would be a literal, which Dialyzer does not take for a queue.
-  @enforce_keys [:watch, :tools, :chunks]
-  defstruct [:watch, :tools, :chunks, :on_journal, :journal, :dest, :ref, :timer, :asked, :reply] ++
-              [:ended]
+  @enforce_keys [:watch, :tools, :chunks, :keeper]
+  defstruct @enforce_keys ++ [:journal, :dest, :ref, :timer, :asked, :reply, :ended]
 
   # watch: the monitor of the caller. journal: nil before the first peer, and without one. asked: the caller's alias, while it
   # waits. reply: for the caller, after the chunks. ended: why the run has ended without its peer, nil until then.
@@ -25,7 +24,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
            watch: reference(),
            tools: Runner.t(),
            chunks: :queue.queue(binary()),
-           on_journal: on_journal(),
+           keeper: keeper(),
            journal: Journal.t() | nil,
            dest: pid() | {atom(), node()} | nil,
            ref: reference() | nil,
@@ -36,19 +35,26 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
          }
 
   @typedoc """
-  Called in this process with each entry of the run's journal, as the peer has written it, before anything is done that
-  follows from it: a tool call, a chunk, the reply. If it raises, or returns `{:error, reason}`, the run ends.
+  Of a run that is stored. Its functions are called in this process; if one raises, or returns `{:error, reason}`, the run ends.
+
+    * `on_journal` – called with each entry of the run's journal, as the peer has written it, before anything is done that
+      follows from it: a tool call, a chunk, the reply
+    * `on_killed` – called when a tool's process has ended without an answer, with the error message that the peer gets next
+    * `run_id` – what the call keys of its tools are made from
   """
-  @type on_journal :: (binary() -> term()) | nil
+  @type keeper :: %{
+          optional(:on_journal) => (binary() -> term()),
+          optional(:on_killed) => (pid(), String.t() -> term()),
+          optional(:run_id) => binary()
+        }
 
   ## In the caller's process
 
   @doc """
-  Starts it for the calling process, with the functions of its call and what the events of these have. `run_id`: of the
-  call keys; nil for a new one.
+  Starts it for the calling process, with the functions of its call and what the events of these have.
   """
-  @spec start(Runner.tools(), Runner.about(), on_journal(), run_id :: binary() | nil) :: pid()
-  def start(tools, about, on_journal \\ nil, run_id \\ nil) do
+  @spec start(Runner.tools(), Runner.about(), keeper()) :: pid()
+  def start(tools, about, keeper \\ %{}) do
     caller = self()
     # `$callers`, so that Mox and the Ecto sandbox find the test process.
     callers = [caller | Process.get(:"$callers", [])]
@@ -58,9 +64,9 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         # Else a node that hangs would suspend this process.
         :erlang.process_flag(:async_dist, true)
         watch = Process.monitor(caller)
-        tools = Runner.new(tools, about, callers, run_id || :crypto.strong_rand_bytes(16))
-        state = %__MODULE__{watch: watch, tools: tools, chunks: :queue.new()}
-        loop(%{state | on_journal: on_journal})
+        run_id = keeper[:run_id] || :crypto.strong_rand_bytes(16)
+        tools = Runner.new(tools, about, callers, run_id)
+        loop(%__MODULE__{watch: watch, tools: tools, chunks: :queue.new(), keeper: keeper})
       end)
     end)
   end
@@ -135,7 +141,7 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         Runner.stop(tools)
 
       {:DOWN, _monitor, :process, pid, reason} ->
-        loop(%{state | tools: Runner.ended(tools, pid, reason)})
+        tool_ended(state, pid, reason)
 
       {:make, dest, deadline, request} ->
         made(state, dest, deadline, request)
@@ -169,8 +175,8 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
     loop(%{state | tools: %{tools | dest: dest, port: nil}})
   end
 
-  defp journaled(%__MODULE__{on_journal: on_journal, journal: journal} = state, entry) do
-    case on_journal && Answer.of(fn -> on_journal.(entry) end) do
+  defp journaled(%__MODULE__{keeper: keeper, journal: journal} = state, entry) do
+    case kept(keeper[:on_journal], [entry]) do
       {{:error, text}, _how} ->
         end_run(state, "an answer of the LM could not be kept: #{text}")
 
@@ -178,6 +184,18 @@ defmodule DSPex.PythonBridge.Client.StreamProxy do
         loop(%{state | journal: journal && Journal.add(journal, entry)})
     end
   end
+
+  # Most have answered, and say so by their end alone.
+  defp tool_ended(%__MODULE__{tools: tools, keeper: keeper} = state, pid, reason) do
+    on_killed = if is_map_key(tools.users, pid), do: keeper[:on_killed]
+
+    case kept(on_killed, [pid, Answer.ended(reason)]) do
+      {{:error, text}, _how} -> end_run(state, text)
+      _kept -> loop(%{state | tools: Runner.ended(tools, pid, reason)})
+    end
+  end
+
+  defp kept(function, args), do: function && Answer.of(fn -> apply(function, args) end)
 
   defp end_run(state, why) do
     Runner.stop(state.tools)

@@ -34,8 +34,8 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   # proxy: nil before the first attempt. attempt: the present one. left: what comes next, before `again` makes the next attempt,
   # or `result`. journal?: whether the peers may get the run's journal.
-  @enforce_keys [:span, :tools, :about, :on_journal, :run_id]
-  defstruct [:span, :tools, :about, :on_journal, :run_id, :proxy, :attempt, :again, :result] ++
+  @enforce_keys [:span, :tools, :about, :keeper]
+  defstruct [:span, :tools, :about, :keeper, :proxy, :attempt, :again, :result] ++
               [delivered: %Delivered{}, left: [], journal?: true]
 
   @doc "A call to a bridge. The arguments are those of `DSPex.PythonBridge.Client.Caller.exchange/5`, with `:tools` in `opts`."
@@ -120,8 +120,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
       span: span,
       tools: tools,
       about: about,
-      on_journal: opts[:on_journal],
-      run_id: opts[:run_id]
+      keeper: Keyword.get(opts, :keeper, %{})
     }
 
     opened(state, open.([stream: stream?] ++ opts), {:cont, acc}, fun)
@@ -129,8 +128,7 @@ defmodule DSPex.PythonBridge.Client.StreamReducer do
 
   # Its chunks, which the proxy keeps, come when the caller asks for them.
   defp opened(state, {:send, dest, deadline, request, conclude}, step, fun) do
-    proxy =
-      state.proxy || StreamProxy.start(state.tools, state.about, state.on_journal, state.run_id)
+    proxy = state.proxy || StreamProxy.start(state.tools, state.about, state.keeper)
 
     request = if state.journal?, do: request, else: %{request | journal: nil}
     StreamProxy.make(proxy, dest, deadline, request)

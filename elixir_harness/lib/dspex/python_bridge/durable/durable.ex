@@ -120,9 +120,18 @@ defmodule DSPex.PythonBridge.Durable do
 
   defp claimed(id, opts, tools, fun) do
     case Session.start(opts.store, id, opts.lease, tools) do
-      {:ok, session, history} -> fun.(session, history)
+      {:ok, session, history} -> finished(session, fn -> fun.(session, history) end)
       {:error, reason} -> failed(reason)
     end
+  end
+
+  # What the caller gives may raise, or throw: `:on_chunk`.
+  defp finished(session, fun) do
+    fun.()
+  catch
+    kind, reason ->
+      Session.finish(session, "its process has raised")
+      :erlang.raise(kind, reason, __STACKTRACE__)
   end
 
   defp go_on(server, session, history, id, args, opts) do
@@ -143,7 +152,7 @@ defmodule DSPex.PythonBridge.Durable do
 
         true ->
           if history.entries != [], do: emit(:resumed, about)
-          server |> request(session, history, opts) |> concluded(session, about)
+          server |> request(session, history, opts) |> spent(history) |> concluded(session, about)
       end
     else
       {:error, error} ->
@@ -186,12 +195,15 @@ defmodule DSPex.PythonBridge.Durable do
   end
 
   defp request(server, session, history, opts) do
-    keep = &Session.append(session, History.entry(&1))
+    keeper = %{
+      run_id: history.id,
+      on_journal: &Session.append(session, History.entry(&1)),
+      on_killed: &Session.killed(session, &1, &2)
+    }
 
     of_run = [
-      run_id: history.id,
+      keeper: keeper,
       journal: Enum.reverse(history.entries),
-      on_journal: keep,
       tools: Session.wrapped(session, opts.tools)
     ]
 
@@ -200,6 +212,29 @@ defmodule DSPex.PythonBridge.Durable do
     client = if Pool.Handle.fetch(server), do: Pool, else: Bridge
 
     client.request(server, :execute_program, args, Options.request(opts) ++ of_run)
+  end
+
+  # A batch ends with success, whatever its items do.
+  defp spent(
+         {:ok, %{"results" => items}, meta} = result,
+         %History{args: %{"inputs" => [_ | _]}} = history
+       ) do
+    case Enum.find(items, &(&1["error_type"] == "budget_spent")) do
+      nil -> result
+      item -> spent(result, history, meta["budget"], Error.new(:budget_spent, item["error"]))
+    end
+  end
+
+  defp spent({:error, %Error{type: :budget_spent, meta: meta} = error} = result, history),
+    do: spent(result, history, meta["budget"], error)
+
+  defp spent(result, _history), do: result
+
+  # Else it is a budget of others, of a tenant for example.
+  defp spent(result, %History{budget: budget}, spent, error) do
+    if budget && spent && Enum.any?(budget, fn {name, limit} -> spent[name] >= limit end),
+      do: {:spent, spent, error},
+      else: result
   end
 
   defp concluded({:ok, result, meta}, session, about) do
@@ -215,12 +250,12 @@ defmodule DSPex.PythonBridge.Durable do
     end
   end
 
-  defp concluded({:error, %Error{type: :budget_spent, meta: meta}} = error, session, about) do
-    wait = %{wait: History.budget_key(), tool: nil, args: nil, why: meta["budget"]}
+  defp concluded({:spent, spent, error}, session, about) do
+    wait = %{wait: History.budget_key(), tool: nil, args: nil, why: spent}
 
     if Session.append(session, History.record(wait)) == :ok,
       do: ended(session, nil, about),
-      else: ended(session, elem(error, 1), about)
+      else: ended(session, error, about)
   end
 
   defp concluded({:error, error}, session, about) do

@@ -17,8 +17,8 @@ defmodule DSPex.PythonBridge.Durable.Session do
   @gather_ms 100
   @suspended "it is suspended"
 
-  # until: the end of the claim, in monotonic ms. lost: why nothing can be stored any more. running: the processes of tools, by
-  # monitor. held: those that must wait for a decision. gather: the timer after which these end the run.
+  # until: the end of the claim, in monotonic ms. lost: why nothing can be stored any more. running: the keys of the calls that
+  # are at work, by the processes of their tools. held: those that must wait for a decision. gather: the timer after which these end the run.
   @enforce_keys [:store, :id, :owner, :lease, :tools]
   defstruct @enforce_keys ++ [:until, :history, :lost, :gather, running: %{}, held: []]
 
@@ -47,6 +47,10 @@ defmodule DSPex.PythonBridge.Durable.Session do
   @spec finish(pid(), error :: String.t() | nil) ::
           {:ok, Run.t(), suspended? :: boolean()} | {:error, String.t()}
   def finish(session, error), do: ask(session, {:finish, error})
+
+  @doc "Stores, for a tool whose process was killed, the error that the LM is told."
+  @spec killed(pid(), tool :: pid(), String.t()) :: :ok | {:error, String.t()}
+  def killed(session, pid, text), do: ask(session, {:killed, pid, text})
 
   @doc "Erases the run."
   @spec delete(pid()) :: :ok | {:error, :claimed | String.t()}
@@ -164,13 +168,25 @@ defmodule DSPex.PythonBridge.Durable.Session do
         {reply, state} = store(state, History.record(%{began: key, tool: name}))
 
         if reply == :ok,
-          do: {:reply, :run, put_in(state.running[Process.monitor(pid)], pid)},
+          do: {:reply, :run, gather(put_in(state.running[pid], key))},
           else: {:reply, reply, state}
     end
   end
 
   def handle_call({:suspend, key, name, args, info}, {pid, _tag} = from, state),
     do: wait(at_rest(state, pid), from, key, name, args, info)
+
+  # Without a call at work, its answer is stored already, or it has not begun: the LM must not be told anything else.
+  def handle_call({:killed, pid, text}, _from, state) do
+    case state.running do
+      %{^pid => key} ->
+        {reply, state} = store(state, History.record(%{answer: key, error: text}))
+        {:reply, reply, state |> at_rest(pid) |> gather()}
+
+      _none ->
+        {:reply, {:error, "the process of a tool was killed"}, state}
+    end
+  end
 
   def handle_call({:answer, _key, record}, {pid, _tag}, state) do
     {reply, state} = store(state, record)
@@ -205,20 +221,13 @@ defmodule DSPex.PythonBridge.Durable.Session do
     {:noreply, %{state | gather: nil, lost: @suspended}}
   end
 
-  def handle_info({:DOWN, monitor, :process, _pid, _reason}, state) do
-    case Map.pop(state.running, monitor) do
-      {nil, _running} -> caller_ended(state)
-      # It was killed, and has no outcome.
-      {_pid, running} -> {:noreply, gather(%{state | running: running})}
-    end
-  end
-
-  def handle_info(_late, state), do: {:noreply, state}
-
-  defp caller_ended(state) do
+  # The caller.
+  def handle_info({:DOWN, _monitor, :process, _pid, _reason}, state) do
     {:stop, :normal, _reply, state} = handle_call({:finish, "its process has ended"}, nil, state)
     {:stop, :normal, state}
   end
+
+  def handle_info(_late, state), do: {:noreply, state}
 
   @impl GenServer
   def format_status(status), do: ServerGuard.format_status(status)
@@ -268,16 +277,7 @@ defmodule DSPex.PythonBridge.Durable.Session do
 
   defp hold(state, from), do: gather(%{state | held: [from | state.held]})
 
-  defp at_rest(state, pid) do
-    case Enum.find(state.running, &match?({_monitor, ^pid}, &1)) do
-      {monitor, _pid} ->
-        Process.demonitor(monitor, [:flush])
-        %{state | running: Map.delete(state.running, monitor)}
-
-      nil ->
-        state
-    end
-  end
+  defp at_rest(state, pid), do: %{state | running: Map.delete(state.running, pid)}
 
   defp gather(state) do
     if state.held != [] and state.running == %{},

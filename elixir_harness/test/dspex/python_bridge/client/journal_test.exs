@@ -51,7 +51,7 @@ defmodule DSPex.PythonBridge.Client.JournalTest do
   defp kill_peer(%{server: server}), do: kill(Bridge.get_status(server).os_pid)
 
   test "a run that is given the first entries of another asks for the rest only", context do
-    opts = [tools: tools(), journal: [], on_journal: telling(self(), :entry)]
+    opts = [tools: tools(), journal: [], keeper: %{on_journal: telling(self(), :entry)}]
     assert {@total, {:ok, result, _meta}} = counted(context.asked, fn -> run(context, opts) end)
     # Each answer comes before the tool call that follows from it.
     assert [entry: one, does: "a", entry: two, does: "b", entry: three, entry: four] =
@@ -71,7 +71,7 @@ defmodule DSPex.PythonBridge.Client.JournalTest do
 
   test "one whose entry cannot be kept ends before its next step", context do
     for keep <- [fn _entry -> {:error, "disk full"} end, fn _entry -> raise "disk full" end] do
-      opts = [tools: tools(), journal: [], on_journal: keep]
+      opts = [tools: tools(), journal: [], keeper: %{on_journal: keep}]
       assert {1, {:error, error}} = counted(context.asked, fn -> run(context, opts) end)
       assert %Error{type: :cancelled, retryable: false} = error
       assert error.message =~ "disk full"
@@ -112,14 +112,19 @@ defmodule DSPex.PythonBridge.Client.JournalTest do
     for nth <- 1..@total do
       kill = fn entry -> if JSON.decode!(entry)["n"] == nth, do: kill_peer(context) end
       keep = telling(self(), :entry, fn entry -> kill.(entry) && :ok end)
-      assert_goes_on(context, tools: tools(), journal: [], on_journal: keep)
+      assert_goes_on(context, tools: tools(), journal: [], keeper: %{on_journal: keep})
     end
   end
 
   test "the peer dies while a tool runs", context do
     for fatal <- ["a", "b"] do
       tools = tools(fn what -> if(what == fatal, do: kill_peer(context)) && "done" end)
-      assert_goes_on(context, tools: tools, journal: [], on_journal: telling(self(), :entry))
+
+      assert_goes_on(context,
+        tools: tools,
+        journal: [],
+        keeper: %{on_journal: telling(self(), :entry)}
+      )
     end
   end
 end

@@ -152,6 +152,66 @@ defmodule DSPex.PythonBridge.DurableTest do
     assert inspect(result) =~ "no a"
   end
 
+  test "a batch whose budget is spent is not over: a new one lets it go on", context do
+    batch = %{program_id: "agent", inputs: for(word <- ~w(a b c), do: %{question: word})}
+    opts = [tools: %{do: tool()}, budget: [lm_calls: 5]]
+    assert {5, {:suspended, run}} = counted(context, fn -> run(context, "r", opts, batch) end)
+    assert [%{key: "budget", why: %{"lm_calls" => 5}}] = run.waiting
+    more = Keyword.put(opts, :budget, lm_calls: 9)
+
+    assert {4, {:ok, %{"results" => results}, _}} =
+             counted(context, fn -> resume(context, "r", more) end)
+
+    assert for(result <- results, do: result["success"]) == [true, true, true]
+    assert Enum.sort(did()) == ["a", "b", "c"]
+  end
+
+  test "a tool whose process is killed is an error for the LM once, and not called again",
+       context do
+    kill = tool(fn _what -> Process.exit(self(), :kill) end)
+    once = &[tools: %{do: {&1, repeat: false}}, budget: [lm_calls: &2]]
+    assert {:suspended, run} = run(context, "r", once.(kill, 2), args("a"))
+    assert [%{key: "budget"}] = run.waiting
+    assert {:ok, result, _} = resume(context, "r", once.(tool(), 10))
+    assert inspect(result) =~ "exit: :killed"
+    assert did() == ["a"]
+  end
+
+  test "what a caller's function raises ends the claim", context do
+    opts = [tools: %{do: tool()}]
+    raises = [on_chunk: fn _chunk -> throw(:enough) end] ++ opts
+    assert catch_throw(run(context, "r", raises)) == :enough
+    assert %Run{state: :interrupted} = run_of(context, "r")
+    assert {:ok, _, _} = resume(context, "r", opts)
+    assert did() == ["a", "b"]
+  end
+
+  # Of the tools of one answer of the LM, the first needs an approval, and the others begin after it.
+  test "what has begun ends before a run is suspended", context do
+    test = self()
+
+    slow = fn %{"what" => what} ->
+      send(test, {:begun, what, self()}) && receive(do: (:go -> what))
+    end
+
+    tools = %{ask: {tool(), approve: true}, slow: {slow, repeat: false}}
+    {lm, _asked} = AgentLM.start()
+    program = Map.merge(AgentLM.parallel("parallel", lm), %{})
+    {:ok, _} = Pool.call(context.pool, :create_program, program, 30_000)
+    args = %{program_id: "parallel", inputs: %{question: "ask:x slow:y slow:z"}}
+    task = Task.async(fn -> run(context, "r", [tools: tools], args) end)
+    assert_receive {:begun, one, first}, 30_000
+    assert_receive {:begun, two, second}
+    assert Enum.sort([one, two]) == ["y", "z"]
+    # Longer than parallel calls are waited for.
+    refute Task.yield(task, 300)
+    for pid <- [first, second], do: send(pid, :go)
+    assert {:suspended, %Run{waiting: [%{tool: "ask", key: key}]}} = Task.await(task)
+    assert {:ok, _, _} = resume(context, "r", tools: tools, approve: key)
+    assert did() == ["x"]
+    refute_received {:begun, _, _}
+  end
+
   test "a run whose process ends is interrupted, and goes on in another; meanwhile it is claimed",
        context do
     test = self()
