@@ -6,9 +6,9 @@ defmodule DSPex.Test.AgentLM do
 
   alias DSPex.Test.Loopback
 
-  @doc "Starts it for the calling process: the options of an LM, and a counter of the requests."
+  @doc "Starts it for the calling process: the options of an LM, and an atomic with the number of the requests."
   def start do
-    asked = :counters.new(1, [])
+    asked = :atomics.new(1, [])
     serve = fn socket, _owner -> Loopback.answer_chats(socket, &answer(&1, asked)) end
     url = "http://127.0.0.1:#{Loopback.start(serve)}/v1"
     {%{model: "openai/stub", api_base: url, api_key: "not-a-key", cache: false}, asked}
@@ -38,8 +38,7 @@ defmodule DSPex.Test.AgentLM do
   end
 
   defp answer([%{"content" => system} | _] = messages, asked) do
-    :counters.add(asked, 1, 1)
-    number = "no. #{:counters.get(asked, 1)}"
+    number = "no. #{:atomics.add_get(asked, 1, 1)}"
     text = List.last(messages)["content"]
     [_, question] = Regex.run(~r/## question ## \]\]\n(.*)/, text)
     what = Enum.at(String.split(question), length(Regex.scan(~r/## observation_/, text)))

@@ -27,9 +27,9 @@ defmodule DSPex.PythonBridge.Client.JournalTest do
     do: api.request(server, :execute_program, args(), [timeout: 60_000] ++ opts)
 
   defp counted(asked, fun) do
-    before = :counters.get(asked, 1)
+    before = :atomics.get(asked, 1)
     result = fun.()
-    {:counters.get(asked, 1) - before, result}
+    {:atomics.get(asked, 1) - before, result}
   end
 
   # A function that tells the test, and then does the rest.

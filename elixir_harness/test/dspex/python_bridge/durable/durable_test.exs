@@ -64,9 +64,9 @@ defmodule DSPex.PythonBridge.DurableTest do
   end
 
   defp counted(context, fun) do
-    before = :counters.get(context.asked, 1)
+    before = :atomics.get(context.asked, 1)
     result = fun.()
-    {:counters.get(context.asked, 1) - before, result}
+    {:atomics.get(context.asked, 1) - before, result}
   end
 
   test "a run is made once: its result comes again, and other arguments are refused", context do
@@ -254,10 +254,10 @@ defmodule DSPex.PythonBridge.DurableTest do
     assert %Run{state: :interrupted, error: "" <> _} = run_of(context, "r")
     assert {:error, error} = resume(context, "r", [keep: 3] ++ more)
     assert error.message =~ "keep: the run has 2"
-    assert :counters.get(asked, 1) == 2
+    assert :atomics.get(asked, 1) == 2
     assert did() == ["a", "b"]
     assert {:ok, _, _} = resume(context, "r", [keep: 0] ++ more)
-    assert :counters.get(asked, 1) == 2 + @total
+    assert :atomics.get(asked, 1) == 2 + @total
     # Their results stay.
     assert did() == []
   end
