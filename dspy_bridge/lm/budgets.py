@@ -9,7 +9,7 @@ from typing import Any
 from dspy_bridge.errors import BudgetSpent
 
 # How often a call that waits for others looks again, in seconds.
-_POLL = 0.01
+POLL = 0.01
 
 
 class Budget:
@@ -42,7 +42,7 @@ class Budget:
         """
         # Calls come from several threads and event loops, which share no asyncio.Event.
         while not self._reserved(tokens):  # noqa: ASYNC110
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(POLL)
 
     def _reserved(self, tokens: float) -> bool:
         with self._lock:

@@ -271,6 +271,7 @@ class Recording:
         entry: dict[str, Any] | None = await self._run.journal.recorded(self._ticket, self._run)
         if entry is None:
             self._run.under_way.add(self)
+            self._run.recording.add(self)
         return entry
 
     async def replay(self, entry: dict[str, Any]) -> Any:
@@ -298,3 +299,4 @@ class Recording:
 
     def close(self) -> None:
         self._run.under_way.discard(self)
+        self._run.recording.discard(self)

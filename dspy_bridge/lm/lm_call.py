@@ -17,6 +17,7 @@ import dspy
 from dspy_bridge import tracing
 from dspy_bridge.dispatch.call import Call
 from dspy_bridge.errors import BridgeError, BudgetSpent, InvalidArgs
+from dspy_bridge.lm import budgets
 from dspy_bridge.lm.budgets import Budget
 from dspy_bridge.lm.rate_limits import Lane
 from dspy_bridge.runtime import worker_threads
@@ -84,6 +85,9 @@ class RunContext:
         self.steps = 0
         # A token for each LM call and tool call that it waits for.
         self.under_way: set[object] = set()
+        # The LM calls whose answers go into the journal, and the requests that the budget has refused.
+        self.recording: set[object] = set()
+        self.refused: set[object] = set()
 
     # Whether DSPy's executors run each example once, however long it takes, and without a progress bar.
     examples_once = False
@@ -113,6 +117,10 @@ class RunContext:
             try:
                 await self.budget.reserve(tokens)
             except BudgetSpent as error:
+                self.refused.add(error)
+                # Other answers may be paid and not yet in the journal: a run that goes on later would pay them again.
+                while len(self.recording) > len(self.refused):  # noqa: ASYNC110  # as in `Budget.reserve`
+                    await asyncio.sleep(budgets.POLL)
                 self.give_up(error)
 
     def end_request(self, *, sent: bool) -> None:
