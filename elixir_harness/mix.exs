@@ -71,7 +71,7 @@ defmodule DSPex.MixProject do
   @pages [
     {"Start", ~w(getting-started)},
     {"Guide",
-     ~w(guide/signatures guide/agents guide/streaming guide/evaluating optimizing guide/lms guide/own-modules
+     ~w(guide/signatures guide/agents guide/durable guide/streaming guide/evaluating optimizing guide/lms guide/own-modules
         guide/liveview guide/jobs guide/tour.livemd local-models testing)},
     {"In production", ~w(deploying security settings errors telemetry cluster upgrading)},
     {"Inside", ~w(how-it-works performance protocol)},

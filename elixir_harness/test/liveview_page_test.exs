@@ -1,7 +1,3 @@
-defmodule MyAppWeb do
-  defmacro __using__(:live_view), do: quote(do: use(DSPex.Test.LiveViewStandIn))
-end
-
 defmodule DSPex.LiveviewPageTest do
   @moduledoc "The views of docs/guide/liveview.md with the real peer; a stand-in takes the place of LiveView."
 

@@ -134,3 +134,8 @@ defmodule DSPex.Test.LiveViewStandIn do
   defp done(:assign, socket, key, {:ok, {:error, reason}}),
     do: assign(socket, [{key, {:failed, reason}}])
 end
+
+defmodule MyAppWeb do
+  @moduledoc "That of the application of the pages."
+  defmacro __using__(:live_view), do: quote(do: use(DSPex.Test.LiveViewStandIn))
+end

@@ -7,6 +7,7 @@ defmodule DSPex.PythonBridge.Durable.StoreTest do
 
   alias DSPex.PythonBridge.{Durable, Error, Stub}
   alias DSPex.PythonBridge.Durable.{FileStore, MemoryStore, Run, Store}
+  alias DSPex.Test.StoreContract
 
   # The shortest lease.
   @lease 1_000
@@ -33,52 +34,13 @@ defmodule DSPex.PythonBridge.Durable.StoreTest do
     end
   end
 
-  describe "a store" do
-    for kind <- [:file, :memory] do
-      test "(#{kind}) gives a run to one owner at a time, and keeps what that adds", %{dir: dir} do
-        {store, term} =
-          case unquote(kind) do
-            :file -> {FileStore, dir}
-            :memory -> {MemoryStore, start_supervised!({MemoryStore, []})}
-          end
-
-        assert {:ok, []} = store.read(term, "r")
-        assert {:ok, []} = store.list(term)
-        assert :ok = store.claim(term, "r", "one", @long)
-        assert {:error, :claimed} = store.claim(term, "r", "two", @long)
-        assert :ok = store.claim(term, "r", "one", @long)
-        assert :ok = store.append(term, "r", "one", "a")
-        assert {:error, :claimed} = store.append(term, "r", "two", "b")
-        assert {:error, :claimed} = store.finish(term, "r", "two", "{}")
-        assert :ok = store.append(term, "r", "one", "c")
-        assert {:ok, [{"r", true, nil}]} = store.list(term)
-        assert :ok = store.finish(term, "r", "one", "{}")
-        assert {:ok, [{"r", false, "{}"}]} = store.list(term)
-        assert {:error, :claimed} = store.append(term, "r", "one", "d")
-        assert :ok = store.claim(term, "r", "two", @long)
-        assert {:ok, [{"r", true, nil}]} = store.list(term)
-        assert {:ok, ["a", "c"]} = store.read(term, "r")
-        assert :ok = store.delete(term, "r")
-        assert {:ok, []} = store.list(term)
-        assert {:ok, []} = store.read(term, "r")
-      end
-
-      test "(#{kind}) lets one of many have a run", %{dir: dir} do
-        {store, term} =
-          case unquote(kind) do
-            :file -> {FileStore, dir}
-            :memory -> {MemoryStore, start_supervised!({MemoryStore, []})}
-          end
-
-        for id <- ["a", "b", "c", "d", "e"] do
-          claims =
-            1..20
-            |> Task.async_stream(&store.claim(term, id, "owner#{&1}", @long), max_concurrency: 20)
-            |> Enum.map(&elem(&1, 1))
-
-          assert Enum.count(claims, &(&1 == :ok)) == 1
-          assert Enum.uniq(claims) |> Enum.sort() == [:ok, {:error, :claimed}]
-        end
+  for kind <- [:file, :memory] do
+    test "a store (#{kind}) gives a run to one owner at a time, and keeps what that adds", %{
+      dir: dir
+    } do
+      case unquote(kind) do
+        :file -> StoreContract.check(FileStore, dir)
+        :memory -> StoreContract.check(MemoryStore, start_supervised!({MemoryStore, []}))
       end
     end
   end
