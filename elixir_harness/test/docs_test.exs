@@ -76,7 +76,7 @@ defmodule DSPex.DocsTest do
     assert [name: DSPex.PythonBridge.Supervisor, bridge: "[]", monitor: "[]", programs: "none"] =
              listed("A Supervisor")
 
-    assert [name: Pool, pool_size: 3, cluster: nil] == listed("A Pool")
+    assert [name: Pool, pool_size: 3, cluster: nil, budgets: "none"] == listed("A Pool")
   end
 
   test "settings.md lists every option of a call" do

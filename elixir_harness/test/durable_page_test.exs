@@ -1,4 +1,4 @@
-defmodule MyApp.Cases do
+defmodule MyApp.Tickets do
   @moduledoc "The page's application: its table, and its provider of payments, which tells the test."
 
   def question(id), do: "Where is the order of ticket #{id}?"
@@ -11,8 +11,8 @@ end
 
 defmodule MyApp.Billing do
   def pay_back(%{"order" => order}, call_key) do
-    send(MyApp.Cases.get(:test), {:paid, order, call_key, self()})
-    if MyApp.Cases.get(:slow), do: receive(do: (:go -> :ok))
+    send(MyApp.Tickets.get(:test), {:paid, order, call_key, self()})
+    if MyApp.Tickets.get(:slow), do: receive(do: (:go -> :ok))
     {:ok, %{state: "paid back"}}
   end
 end
@@ -29,7 +29,7 @@ defmodule DSPex.DurablePageTest do
   alias DSPex.PythonBridge.Durable.{FileStore, Run}
   alias DSPex.Test.{LiveViewStandIn, Page, StoreContract}
   alias DSPex.Test.Telemetry, as: Host
-  alias MyApp.Cases
+  alias MyApp.Tickets
 
   @page "docs/guide/durable.md"
   @external_resource Page.path(@page)
@@ -49,8 +49,8 @@ defmodule DSPex.DurablePageTest do
   @moduletag timeout: 120_000
   setup %{tmp_dir: dir} do
     put_config(:durable, store: {FileStore, dir})
-    :ets.new(Cases, [:named_table, :public])
-    Cases.put(:test, self())
+    :ets.new(Tickets, [:named_table, :public])
+    Tickets.put(:test, self())
   end
 
   defp run(id) do
@@ -63,14 +63,14 @@ defmodule DSPex.DurablePageTest do
     on_exit(&Host.remove/0)
     Host.attach(for event <- [:suspended, :resumed, :diverged], do: [:durable, event])
     # The process of one was killed while its tool was at work.
-    Cases.put(:slow, true)
+    Tickets.put(:slow, true)
     {:suspended, run} = @support.durable(%{question: "My order 7 has not come."}, id: "ticket-11")
     opts = [id: "ticket-11", approve: hd(run.waiting).key]
     pid = spawn(fn -> @support.durable(:resume, opts) end)
     assert_receive {:paid, _order, _key, _tool}, 30_000
     Process.exit(pid, :kill)
     eventually(fn -> run("ticket-11").state == :interrupted end)
-    Cases.put(:slow, false)
+    Tickets.put(:slow, false)
 
     Page.run(Enum.join(others, "\n"), @page)
     assert {:ok, [_ | _] = runs} = Durable.list()
@@ -88,14 +88,14 @@ defmodule DSPex.DurablePageTest do
     job = %{"ticket" => "1"}
     assert perform(job) == :ok
     assert %Run{state: :suspended, waiting: [%{key: key}]} = run("ticket-1")
-    Cases.put(:slow, true)
+    Tickets.put(:slow, true)
     approved = Map.put(job, "approve", key)
     task = Task.async(fn -> perform(approved) end)
     assert_receive {:paid, _order, ^key, tool}, 30_000
     assert perform(approved) == {:snooze, 30}
     send(tool, :go)
     assert Task.await(task) == :ok
-    assert Cases.get({:answer, "1"}) =~ "ticket 1"
+    assert Tickets.get({:answer, "1"}) =~ "ticket 1"
     assert perform(approved) == :ok
     refute_received {:paid, _order, _key, _tool}
   end
@@ -118,7 +118,7 @@ defmodule DSPex.DurablePageTest do
 
     view = open()
     assert %{waiting: [%{key: ^key}], history: []} = shows(view, :waiting)
-    Cases.put(:slow, true)
+    Tickets.put(:slow, true)
     LiveViewStandIn.event(view, "approve", %{"key" => key})
     assert_receive {:paid, _order, ^key, tool}, 30_000
     other = open()

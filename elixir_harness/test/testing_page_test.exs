@@ -27,14 +27,14 @@ defmodule DSPex.TestingPageTest do
     # `use` of a program comes before what matches on its struct.
     {[program], others} = Enum.split_with(application, &(Path.basename(&1) == "triage.ex"))
     tests = Path.wildcard(Path.join(dir, "test/**/*_test.exs"))
-    assert length(tests) == 7
+    assert length(tests) == 6
     files = [program | others] ++ [Path.join(dir, "start.exs") | tests]
     paths = Enum.flat_map(:code.get_path(), &["-pa", to_string(&1)])
     args = paths ++ Enum.flat_map(files, &["-r", &1]) ++ ["-e", ":ok"]
     env = [{"PYTHON_EXECUTABLE", Helpers.python()}]
     {output, status} = System.cmd("elixir", args, cd: dir, env: env, stderr_to_stdout: true)
     assert status == 0, output
-    assert output =~ "11 tests, 0 failures", output
+    assert output =~ "10 tests, 0 failures", output
     # Nothing is logged that a reader would take for a fault.
     refute output =~ "warning:", output
   end

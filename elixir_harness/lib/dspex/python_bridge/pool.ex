@@ -22,7 +22,7 @@ defmodule DSPex.PythonBridge.Pool do
 
   alias DSPex.PythonBridge.{Bridge, Client, Error, Options, Pool, Telemetry}
   alias DSPex.PythonBridge.Client.StreamReducer
-  alias DSPex.PythonBridge.Pool.{Caller, Cluster, Handle, LoadCounters, Parallel}
+  alias DSPex.PythonBridge.Pool.{Budgets, Caller, Cluster, Handle, LoadCounters, Parallel}
   alias DSPex.PythonBridge.Telemetry.CallSpan
 
   @typedoc "The name of a pool, or its pid."
@@ -47,6 +47,7 @@ defmodule DSPex.PythonBridge.Pool do
     * `:name` – an atom; by default this module. The names of the bridges are made from it
     * `:pool_size` – the number of peers; by default 3
     * `:cluster` – the name of the cluster, an atom or a string; by default nil, none
+    * `:budgets` – what all runs of a tenant may spend: `[tenant: [usd: 5, per: :day]]` (docs/guide/lms.md); by default none
 
   `:default_timeout` is also that of the pool's calls, and `:max_retries` is how often a call is sent again after a peer
   died with it. Returns before the interpreters run. A wrong option gives `{:error, %ArgumentError{}}` with a
@@ -152,7 +153,9 @@ defmodule DSPex.PythonBridge.Pool do
   end
 
   defp exchange(pool, command, args, %{timeout: timeout, opts: opts} = options) do
-    if options.on_chunk || opts[:tools] || opts[:journal],
+    opts = Budgets.begin(pool, command, opts)
+
+    if options.on_chunk || opts[:tools] || opts[:journal] || opts[:counted],
       do:
         StreamReducer.run(Caller.streamed(pool, command, args, timeout, opts), options.on_chunk),
       else: Caller.exchange(pool, command, args, timeout, opts)
@@ -264,6 +267,16 @@ defmodule DSPex.PythonBridge.Pool do
           programs: %{failed: failed(states)}
         }
     end
+  end
+
+  @doc """
+  What the runs of this pool with this value of a key of `:budgets` have spent since its present hour, day or other
+  time began: `Pool.spent(:tenant, "acme")`. A key without a budget is an error.
+  """
+  @spec spent(pool(), atom(), term()) :: Budgets.spent() | {:error, Error.t()}
+  def spent(pool \\ __MODULE__, key, value) do
+    with %Handle{} = handle <- Handle.fetch(pool) || {:error, Error.not_running(:pool, pool)},
+         do: Budgets.spent(handle, key, value)
   end
 
   # A bridge that is being restarted says nothing of programs.

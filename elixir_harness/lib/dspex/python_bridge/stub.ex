@@ -73,6 +73,7 @@ defmodule DSPex.PythonBridge.Stub do
   @compile {:no_warn_undefined, ExUnit.Callbacks}
 
   @no_drain %{"DSPY_BRIDGE_DRAIN_MS" => "0"}
+  @of_pool [:programs, :default_timeout, :budgets]
   @no_name "python stub: :name: expected that of your Bridge or Pool"
 
   @typedoc "The name of a stub, or its pid."
@@ -93,18 +94,19 @@ defmodule DSPex.PythonBridge.Stub do
     * `:answers` – a function of a program's id and its inputs, for the runs that no test has answered
     * `:programs` – programs that are there from the start, as for `DSPex.PythonBridge.Bridge.start_link/1`
     * `:default_timeout` – as for `DSPex.PythonBridge.Bridge.start_link/1`
+    * `:budgets` – as for `DSPex.PythonBridge.Pool.start_link/1`; an answer spends what its `meta` has as `"budget"`
 
   A wrong option gives `{:error, %ArgumentError{}}` with a text that names it.
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Exception.t()}
   def start_link(opts) do
     answers = {:test, &is_function(&1, 2), "a function of a program's id and its inputs"}
-    # These two are checked with those of a pool.
-    options = [name: :atom, answers: answers, programs: :any, default_timeout: :any]
+    # The rest is checked with those of a pool.
+    options = [name: :atom, answers: answers] ++ for(key <- @of_pool, do: {key, :any})
 
     with {:ok, opts} <- Table.check(opts, options, "python stub"),
          name when name != nil <- opts[:name],
-         own = Keyword.take(opts, [:name, :programs, :default_timeout]),
+         own = Keyword.take(opts, [:name | @of_pool]),
          # A call that a test has left under way does not delay the end of the stub.
          peer = [transport: fn -> Peer.start_link(name, opts[:answers]) end, env: @no_drain],
          {:ok, settings} <- Pool.Options.new([pool_size: 1] ++ own ++ peer, nil) do

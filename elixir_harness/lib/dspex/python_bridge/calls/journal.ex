@@ -22,8 +22,8 @@ defmodule DSPex.PythonBridge.Calls.Journal do
 
   @doc """
   The journal of a call with these options of `DSPex.PythonBridge.Client.Caller.exchange/5`, of at most `most` bytes; nil if it
-  has none. Runs have one if they have chunks or tools, and may be resent. `:journal` in the options has the entries that the
-  caller has, the oldest first: there is no limit then.
+  has none. Runs have one if they have chunks or tools, and may be resent, or if their answers are `:counted`. `:journal` in the
+  options has the entries that the caller has, the oldest first: there is no limit then.
   """
   @spec new(keyword(), Protocol.command(), map(), non_neg_integer()) :: t() | nil
   # The usual options first: they need no lookup.
@@ -32,11 +32,11 @@ defmodule DSPex.PythonBridge.Calls.Journal do
   def new(opts, command, args, most) do
     cond do
       entries = opts[:journal] -> Enum.reduce(entries, %__MODULE__{most: :infinity}, &add(&2, &1))
-      most == 0 or opts[:retry] == false -> nil
       command not in [:execute_program, "execute_program"] -> nil
       # The peer refuses it.
       is_map_key(args, :optimize) or is_map_key(args, "optimize") -> nil
-      opts[:stream] || opts[:tools] -> %__MODULE__{most: most}
+      most == 0 or opts[:retry] == false -> if opts[:counted], do: %__MODULE__{most: 0}
+      opts[:stream] || opts[:tools] || opts[:counted] -> %__MODULE__{most: most}
       true -> nil
     end
   end

@@ -8,7 +8,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
   alias DSPex.PythonBridge.{Calls, Client, Error, Protocol}
   alias DSPex.PythonBridge.Client.StreamReducer
   alias DSPex.PythonBridge.OTP.{Deadline, Server}
-  alias DSPex.PythonBridge.Pool.{Handle, Route, Sums}
+  alias DSPex.PythonBridge.Pool.{Budgets, Handle, Route, Sums}
   alias DSPex.PythonBridge.Programs.{Change, Tools}
 
   # For each call.
@@ -50,14 +50,17 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       end
     end
 
-    {:pool, pool, command, args, opts, open}
+    {:pool, pool, command, args, Budgets.begin(pool, command, opts), open}
   end
 
   defp open(route) do
     with {:send, request, %Route{bridge: bridge, deadline: deadline} = route} <-
            Route.next(route),
-         do: {:send, bridge, deadline, request, &conclude(route, &1, &2)}
+         do: {:send, bridge, deadline, request, &settled(route, &1, &2)}
   end
+
+  defp settled(route, reply, bound?),
+    do: route |> conclude(reply, bound?) |> Budgets.settle(route.counted)
 
   defp conclude(route, reply, false) do
     case Route.follow(route, reply) do
@@ -80,6 +83,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
     started = Deadline.now()
 
     with {:ok, handle, timeout} <- find(pool, timeout),
+         {:ok, args, opts} <- Budgets.admit(handle, args, opts),
          :ok <- Tools.check(handle.programs, {:pool, handle.name}, command, args, opts),
          {:ok, body} <- Protocol.encode_body(command, args, opts) do
       route = %Route{
@@ -103,6 +107,7 @@ defmodule DSPex.PythonBridge.Pool.Caller do
       route
       | resend?: Keyword.get(opts, :retry, true),
         stream?: Keyword.get(opts, :stream, false),
+        counted: opts[:counted],
         reach: if(opts[:spread], do: :any, else: :all)
     }
   end

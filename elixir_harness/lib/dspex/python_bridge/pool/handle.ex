@@ -9,12 +9,12 @@ defmodule DSPex.PythonBridge.Pool.Handle do
   alias DSPex.PythonBridge.OTP.Registry
   alias DSPex.PythonBridge.Pool.LoadCounters
 
-  @enforce_keys [:name, :pid, :bridges, :counters, :programs, :others, :settings]
+  @enforce_keys [:name, :pid, :bridges, :counters, :programs, :others, :spent, :settings]
   defstruct @enforce_keys
 
   @typedoc """
   `bridges`: their names, in the order of the slots. `others`: a table of the coordinators of other nodes that can
-  serve, with numbers that grow (`DSPex.PythonBridge.Pool.Cluster`).
+  serve, with numbers that grow (`DSPex.PythonBridge.Pool.Cluster`). `spent`: that of `DSPex.PythonBridge.Pool.Budgets`.
   """
   @type t :: %__MODULE__{
           name: atom(),
@@ -23,6 +23,7 @@ defmodule DSPex.PythonBridge.Pool.Handle do
           counters: LoadCounters.t(),
           programs: Programs.Store.table(),
           others: :ets.tid(),
+          spent: :ets.tid(),
           settings: Pool.Options.t()
         }
 
@@ -36,6 +37,7 @@ defmodule DSPex.PythonBridge.Pool.Handle do
       counters: LoadCounters.new(size),
       programs: declared(settings),
       others: :ets.new(__MODULE__, [:public, read_concurrency: true]),
+      spent: :ets.new(__MODULE__, [:public, write_concurrency: true]),
       settings: settings
     }
   end

@@ -5,6 +5,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
 
   alias DSPex.PythonBridge.{Options, Programs}
   alias DSPex.PythonBridge.Options.Table
+  alias DSPex.PythonBridge.Pool.Budgets
 
   # More Python processes than any machine has room for. Each has an atom, too.
   @max_size 1_000
@@ -12,13 +13,14 @@ defmodule DSPex.PythonBridge.Pool.Options do
   @enforce_keys [:name, :size, :cluster, :bridge, :programs] ++
                   [:default_timeout, :max_retries, :max_frame_bytes, :journal_bytes]
   # stub?: its one bridge has the name of the pool, for `DSPex.PythonBridge.Stub`.
-  defstruct @enforce_keys ++ [stub?: false]
+  defstruct @enforce_keys ++ [budgets: [], stub?: false]
 
   @typedoc "`bridge`: the options that all bridges have in common, sealed; `programs`: the declared ones, sealed."
   @type t :: %__MODULE__{
           name: atom(),
           size: pos_integer(),
           cluster: atom() | String.t(),
+          budgets: [Budgets.t()],
           bridge: keyword(),
           programs: (-> [Programs.Declared.t()]),
           default_timeout: timeout(),
@@ -32,13 +34,14 @@ defmodule DSPex.PythonBridge.Pool.Options do
   @spec new(term(), atom()) :: {:ok, t()} | {:error, Exception.t()}
   def new(opts, default) do
     with {:ok, checked} <- Table.check(opts, table(default), "python pool"),
-         bridge = Keyword.drop(opts, [:name, :pool_size, :cluster]),
+         bridge = Keyword.drop(opts, [:name, :pool_size, :cluster, :budgets]),
          {:ok, options} <- Options.new([name: nil] ++ bridge) do
       {:ok,
        %__MODULE__{
          name: checked[:name],
          size: checked[:pool_size],
          cluster: checked[:cluster],
+         budgets: checked[:budgets],
          bridge: bridge |> Keyword.delete(:programs) |> Options.seal(),
          programs: options.programs,
          default_timeout: options.default_timeout,
@@ -52,7 +55,7 @@ defmodule DSPex.PythonBridge.Pool.Options do
   # The names of the bridges are made from its own. The values of the bridges' options are checked by these.
   defp table(name) do
     cluster? = &((is_atom(&1) and &1 not in [true, false]) or (is_binary(&1) and &1 != ""))
-    own = [name: {:atom, name}, pool_size: {1..@max_size, 3}]
+    own = [name: {:atom, name}, pool_size: {1..@max_size, 3}, budgets: {&Budgets.check/1, []}]
     others = for key <- [:transport | Options.known() -- [:name]], do: {key, :any}
     own ++ [cluster: {:test, cluster?, "nil, an atom or a string"}] ++ others
   end

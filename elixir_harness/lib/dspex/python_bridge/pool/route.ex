@@ -10,7 +10,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
 
   alias DSPex.PythonBridge.{Calls, Client, Error, Programs, Telemetry}
   alias DSPex.PythonBridge.OTP.Deadline
-  alias DSPex.PythonBridge.Pool.{Coordinator, Handle, LoadCounters}
+  alias DSPex.PythonBridge.Pool.{Budgets, Coordinator, Handle, LoadCounters}
   alias DSPex.PythonBridge.Telemetry.Metadata
 
   # For each call.
@@ -24,6 +24,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
   @enforce_keys [:handle, :body, :deadline]
   defstruct [:handle, :body, :deadline, :change, :journal, :program, :bridge, :at, :overloaded] ++
               [
+                counted: nil,
                 deaths: 0,
                 spared: 0,
                 passed: [],
@@ -51,6 +52,7 @@ defmodule DSPex.PythonBridge.Pool.Route do
           bridge: pid() | nil,
           at: place() | nil,
           overloaded: Error.t() | nil,
+          counted: Budgets.run() | nil,
           deaths: non_neg_integer(),
           spared: non_neg_integer(),
           passed: [place()],
